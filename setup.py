@@ -1,0 +1,50 @@
+"""Package metadata and extras of Xylem (distribution ``xylem-lm``, import package ``xylem``)."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10,<0.13",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "tensorflow-datasets>=4.9.10",
+    "einops>=0.8.1",
+    "importlib_resources>=6.0",  # tensorflow-datasets imports it without saying so
+    "numpy>=2.0",
+    "scipy>=1.14",
+    "grain>=0.2.18",
+    "array-record>=0.8.1",
+    "safetensors>=0.6",
+    "gguf>=0.17",
+    "tokenizers>=0.22",
+    "jinja2>=3.1.6",
+    "tyro>=1.0",
+    "rich>=14.0",
+    "tensorboardX>=2.6.4",
+    "jaxtyping>=0.3.3",
+    "matplotlib>=3.10",
+]
+
+EXTRAS = {
+    # Lower bounds matter here: a resolver left free can fall back to a jax of years ago.
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "cuda12": ["jax[cuda12]>=0.10,<0.13"],
+    "cuda13": ["jax[cuda13]>=0.10,<0.13"],
+    "plan": ["libtpu>=0.0.42"],
+    # What the tests need everywhere, and what they compare with. torch is pinned to a CPU build.
+    "test": ["pytest>=8.4", "pytest-timeout>=2.4", "beartype>=0.22", "hypothesis>=6.140"],
+    "oracles": ["torch==2.13.0", "transformers>=5.0,<6"],
+    "dev": ["ruff>=0.14", "pyright>=1.1.400", "pre-commit>=4.0", "pip-audit>=2.9"],
+    "docs": ["mkdocs-material>=9.6"],
+}
+
+setup(
+    name="xylem-lm",
+    version="0.1.0",
+    description="Language models in JAX and Flax: every idea in few lines, each proven against an oracle",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["xylem", "xylem.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)

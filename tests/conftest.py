@@ -1,0 +1,61 @@
+"""Eight CPU devices, strict promotion, checked annotations, and the two fixtures every oracle test uses."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of a test's time is compiling tiny programs: the last optimisations are left out (half the time, same numbers
+# within rounding). The speed of what is compiled is the benchmarks' business.
+XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS} --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+# Before the first import of xylem: every annotated call is checked, in tests only.
+install_import_hook("xylem", "beartype.beartype")
+
+import jax
+import pytest
+
+CACHE = Path(os.environ.get("XYLEM_CACHE", Path.home() / ".cache" / "xylem"))
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+_proofs: list[dict] = []
+
+
+@pytest.fixture
+def rng_seed(request) -> int:
+    """A seed drawn now and printed with a failure; XYLEM_TEST_SEED repeats one."""
+    seed = int(os.environ.get("XYLEM_TEST_SEED", secrets.randbits(31)))
+    print(f"XYLEM_TEST_SEED={seed} pytest '{request.node.nodeid}'")
+    return seed
+
+
+@pytest.fixture
+def proof():
+    """Record one comparison with an independent reference, and fail when it is not close enough.
+
+    ``proof(row, oracle, error, bar, seed, mutation)``: the technique; what it was compared with; the measured error
+    and the largest allowed; the seed; the deliberate fault that the same test showed to be caught.
+    """
+
+    def record(row: str, oracle: str, error: float, bar: float, seed: int, mutation: str) -> None:
+        row_of = {"row": row, "oracle": oracle, "error": float(error), "bar": bar, "seed": seed, "mutation": mutation}
+        _proofs.append(row_of)
+        assert error <= bar, f"{row} against {oracle}: error {error:.3g}, at most {bar:.3g} allowed (seed {seed})"
+
+    return record
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    """Leave the proofs where ``scripts/proofs.py`` gathers them: one JSON object a line."""
+    target = os.environ.get("XYLEM_PROOFS")
+    if target and _proofs:
+        with open(target, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in _proofs)

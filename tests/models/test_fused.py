@@ -1,0 +1,519 @@
+"""Hand-written derivatives against their plain twins, against torch, and under every transformation the models use."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from xylem.models import fused
+from xylem.models.config import Compute
+from xylem.models.masks import Mask
+
+BAR = 1e-5  # float32, sums of at most a few hundred terms
+
+
+def normal(rng: np.random.Generator, *shape: int, std: float = 1.0) -> jax.Array:
+    return jnp.asarray(std * rng.standard_normal(shape), jnp.float32)
+
+
+def apart(ours, reference) -> float:
+    """The worst of two trees' leaves: largest difference over the reference's largest magnitude."""
+    ours, reference = jax.tree.leaves(ours), jax.tree.leaves(reference)
+    assert [x.shape for x in ours] == [x.shape for x in reference]
+    pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(ours, reference, strict=True)]
+    return max(float(np.max(np.abs(x - y)) / max(float(np.max(np.abs(y))), 1e-30)) for x, y in pairs)
+
+
+def with_gradients(function, args, rng_seed: int):
+    """Outputs and all gradients, for a random cotangent that only the seed decides."""
+    rng = np.random.default_rng(rng_seed)
+    out, pull = jax.vjp(function, *args)
+    return out, pull(jax.tree.map(lambda x: normal(rng, *x.shape).astype(x.dtype), out))
+
+
+def head(params: dict, hidden: jax.Array) -> jax.Array:
+    """A head with a bias, whose third leaf holds whole numbers as a quantized one would."""
+    assert params["code"].dtype == jnp.int8
+    return (hidden @ params["kernel"]).astype(jnp.float32) + jnp.broadcast_to(
+        params["bias"], (*hidden.shape[:-1], params["bias"].shape[0])
+    )
+
+
+def product(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+    """The plainest head."""
+    return hidden @ kernel
+
+
+def cross_entropy_case(rng: np.random.Generator, batch: int = 2, length: int = 11, vocab: int = 13):
+    """Head parameters, hidden states, labels (some -100 where the weight is 0) and weights."""
+    params = {"kernel": normal(rng, 5, vocab), "bias": normal(rng, vocab), "code": jnp.ones((3,), jnp.int8)}
+    weights = jnp.asarray(rng.integers(0, 3, (batch, length)) / 2.0, jnp.float32)
+    labels = jnp.where(weights > 0, jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32), -100)
+    return params, normal(rng, batch, length, 5), labels, weights
+
+
+def cases(rng: np.random.Generator) -> dict:
+    """name -> (fused, plain twin, arguments); sizes odd and distinct."""
+    m, i, o, vocab = 17, 5, 7, 11
+    ids = jnp.asarray(rng.integers(0, vocab, m), jnp.int32)
+    wide_ids = jnp.asarray(rng.integers(0, fused.ONE_HOT_VOCAB + 1, m), jnp.int32)
+    x, row = normal(rng, m, i, std=0.3), partial(normal, rng, i)
+    query, key, value = normal(rng, 2, 13, 6, 5), normal(rng, 2, 13, 3, 5), normal(rng, 2, 13, 3, 5)
+    params, hidden, labels, weights = cross_entropy_case(rng)
+    learned = {name: params[name] for name in ("kernel", "bias")}
+
+    def loss(function, *sizes):
+        return lambda p, h, w: function(head, {**p, "code": params["code"]}, h, labels, w, 0.1, 0.01, *sizes)[0]
+
+    made = {
+        "matmul": (fused.matmul, fused.matmul_plain, (normal(rng, m, i), normal(rng, i, o))),
+        "embed one-hot": (lambda t: fused.embed(t, ids), lambda t: fused.embed_plain(t, ids), (normal(rng, vocab, i),)),
+        "embed scatter": (
+            lambda t: fused.embed(t, wide_ids),
+            lambda t: fused.embed_plain(t, wide_ids),
+            (normal(rng, fused.ONE_HOT_VOCAB + 1, 3),),
+        ),
+        "layer_norm": (
+            lambda *a: fused.layer_norm(*a, 1e-3),
+            lambda *a: fused.layer_norm_plain(*a, 1e-3),
+            (x, row(), row()),
+        ),
+        "rms_norm": (lambda *a: fused.rms_norm(*a, 1e-3), lambda *a: fused.rms_norm_plain(*a, 1e-3), (x, row())),
+        "attention": (
+            lambda *a: fused.attention(*a, Mask(), 0.4, 4),
+            lambda *a: fused.attention_plain(*a, Mask(), 0.4),
+            (query, key, value),
+        ),
+        "cross_entropy": (
+            loss(fused.cross_entropy, 4),
+            loss(fused.cross_entropy_plain),
+            (learned, hidden, weights),
+        ),
+    }
+    for name in fused.ACTIVATIONS:
+        made[name] = partial(fused.activation, name), partial(fused.activation_plain, name), (normal(rng, m, i),)
+    for name in fused.GATES:
+        args = normal(rng, m, i), normal(rng, m, i)
+        made[name] = partial(fused.gated, name), partial(fused.gated_plain, name), args
+    return made
+
+
+EACH = pytest.mark.parametrize("name", list(cases(np.random.default_rng(0))))
+
+
+@EACH
+def test_fused_equals_plain(name, rng_seed):
+    ours, plain, args = cases(np.random.default_rng(rng_seed))[name]
+    left, right = (with_gradients(jax.jit(function), args, rng_seed) for function in (ours, plain))
+    assert apart(left, right) <= BAR
+
+
+@EACH
+def test_fused_survives_transformations(name, rng_seed):
+    ours, plain, args = cases(np.random.default_rng(rng_seed))[name]
+    doubled = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), args)
+
+    def scanned(function):
+        def body(carry, each):
+            out = jax.checkpoint(function)(*each)
+            return carry + sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(out)), None
+
+        return lambda *a: jax.lax.scan(body, jnp.zeros(()), a)[0]
+
+    for transform in (scanned, jax.vmap):
+        left = with_gradients(jax.jit(transform(ours)), doubled, rng_seed)
+        assert apart(left, with_gradients(jax.jit(transform(plain)), doubled, rng_seed)) <= BAR
+
+
+@EACH
+def test_fused_bfloat16_stays_near_float32(name, rng_seed):
+    ours, plain, args = cases(np.random.default_rng(rng_seed))[name]
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), args)
+    if name == "cross_entropy":
+        narrow = (*narrow[:2], args[2])  # weights are float32 always
+    out, gradients = with_gradients(jax.jit(ours), narrow, rng_seed)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    rng = np.random.default_rng(rng_seed)
+    expected, pull = jax.vjp(plain, *wide)
+    reference = expected, pull(jax.tree.map(lambda x: normal(rng, *x.shape).astype(x.dtype), out).astype(jnp.float32))
+    assert jax.tree.map(lambda x: x.dtype, gradients) == jax.tree.map(lambda x: x.dtype, narrow)
+    # bfloat16 keeps 8 bits, and weights, scores' gradients and logits are rounded to it between products.
+    assert apart((out, gradients), reference) <= 0.05
+
+
+@pytest.mark.parametrize("name", ["matmul", "layer_norm", "rms_norm", "gelu", "swiglu", "attention"])
+def test_fused_sharded_equals_unsharded(name, rng_seed):
+    rng = np.random.default_rng(rng_seed)
+    ours, _, args = cases(rng)[name]
+    weights = {"matmul": 1, "rms_norm": 1, "layer_norm": 2}.get(name, 0)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    args = [x if i >= len(args) - weights else normal(rng, 16, *x.shape[1:]) for i, x in enumerate(args)]
+    where = [NamedSharding(mesh, PartitionSpec("data" if x.shape[0] == 16 else None)) for x in args]
+    placed = [jax.device_put(x, place) for x, place in zip(args, where, strict=True)]
+    run = jax.jit(lambda *a: with_gradients(ours, a, rng_seed))
+    assert apart(run(*placed), run(*args)) <= BAR
+
+
+def test_fused_cross_entropy_sharded_equals_unsharded(rng_seed):
+    params, hidden, labels, weights = cross_entropy_case(np.random.default_rng(rng_seed), batch=8, vocab=16)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+    specs = {"kernel": (None, "tensor"), "bias": ("tensor",), "code": ()}
+
+    @jax.jit
+    def run(params, hidden, labels, weights):
+        loss = lambda p, h: fused.cross_entropy(head, p, h, labels, weights, 0.1, 0.01, 3)[0]  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1), allow_int=True)(params, hidden)
+
+    out = run(
+        {name: place(x, *specs[name]) for name, x in params.items()},
+        *(place(x, "data") for x in (hidden, labels, weights)),
+    )
+    numbers = lambda tree: [x for x in jax.tree.leaves(tree) if x.dtype == jnp.float32]  # noqa: E731
+    assert apart(numbers(out), numbers(run(params, hidden, labels, weights))) <= BAR
+    assert out[1][1].sharding.spec[0] == "data"
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def masks(rng: np.random.Generator) -> dict[str, Mask]:
+    """Masks for 2 rows of 13 tokens; the packed one ends in padding."""
+    packed = jnp.asarray([[1] * 4 + [2] * 7 + [0] * 2, [3] * 9 + [4] * 3 + [0]], jnp.int32)
+    keys = jnp.where(packed == 0, -1, packed)  # padding sees nothing
+    prefix = jnp.asarray(rng.integers(1, 9, 2), jnp.int32)
+    return {
+        "causal": Mask(),
+        "all": Mask(causal=False),
+        "window": Mask(window=3),
+        "traced window": Mask(window=jnp.asarray(5)),
+        "prefix": Mask(prefix=prefix),
+        "windowed prefix": Mask(window=2, prefix=prefix),
+        "segments": Mask(query_segments=packed, key_segments=keys),
+        "windowed segments": Mask(window=3, query_segments=packed, key_segments=keys),
+        "segments, all": Mask(causal=False, query_segments=packed, key_segments=keys),
+        "offset": Mask(offset=jnp.asarray([0, 2], jnp.int32)),
+    }
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("name", list(masks(np.random.default_rng(0))))
+def test_fused_attention_obeys_every_mask(name, chunk, rng_seed):
+    rng = np.random.default_rng(rng_seed)
+    mask = masks(rng)[name]
+    args = normal(rng, 2, 13, 6, 5), normal(rng, 2, 13, 2, 5), normal(rng, 2, 13, 2, 5)
+
+    def run(function, mask, *args):
+        return with_gradients(lambda *a: function(*a, mask, 0.4), args, rng_seed)
+
+    # The arrays of a mask are traced, as in a model; a window that is a number stays one and skips blocks.
+    static = isinstance(mask.window, int)
+    compiled = lambda f: jax.jit(partial(run, f, mask)) if static else partial(jax.jit(partial(run, f)), mask)  # noqa: E731
+    ours = compiled(lambda *a: fused.attention(*a, chunk))(*args)
+    assert apart(ours, compiled(fused.attention_plain)(*args)) <= BAR
+
+
+def test_fused_attention_takes_more_keys_than_queries(rng_seed):
+    rng = np.random.default_rng(rng_seed)
+    args = normal(rng, 2, 5, 6, 3), normal(rng, 2, 11, 3, 3), normal(rng, 2, 11, 3, 3)
+    for mask in (Mask(causal=False), Mask(), Mask(offset=jnp.asarray([6, 2], jnp.int32))):
+        ours = jax.jit(lambda *a, mask=mask: fused.attention(*a, mask, 0.4, 2))
+        plain = jax.jit(lambda *a, mask=mask: fused.attention_plain(*a, mask, 0.4))
+        assert apart(with_gradients(ours, args, rng_seed), with_gradients(plain, args, rng_seed)) <= BAR
+
+
+def test_fused_attention_of_padding_is_zero(rng_seed):
+    rng = np.random.default_rng(rng_seed)
+    mask = masks(rng)["segments"]
+    args = normal(rng, 2, 13, 6, 5), normal(rng, 2, 13, 2, 5), normal(rng, 2, 13, 2, 5)
+    run = jax.jit(lambda *a: with_gradients(lambda *b: fused.attention(*b, mask, 0.4, 4), a, rng_seed))
+    out, gradients = run(*args)
+    padding = np.asarray(mask.query_segments) == 0
+    for array in (out, *gradients):
+        assert np.all(np.isfinite(array)) and np.all(np.asarray(array)[padding] == 0.0)
+    assert np.all(np.asarray(out)[~padding] != 0.0)
+
+
+def test_fused_attention_skips_hidden_blocks():
+    shape = jax.ShapeDtypeStruct((1, 12, 2, 4), jnp.float32)
+
+    def flops(mask, chunk):
+        run = jax.jit(lambda *a: fused.attention(*a, mask, 0.5, chunk)).lower(shape, shape, shape)
+        return sum(a * b for (a, b) in _score_sizes(run.as_text()))
+
+    whole = flops(Mask(causal=False), 3)
+    assert flops(Mask(), 3) == whole * (3 + 6 + 9 + 12) / 48
+    assert flops(Mask(window=3), 3) == whole * (3 + 5 + 5 + 5) / 48
+
+
+def _score_sizes(text: str) -> list[tuple[int, int]]:
+    """(queries, keys) of each product that gives scores, from StableHLO: results of shape 1x2x1xTxS before the mask."""
+    import re
+
+    found = re.findall(r"dot_general .*-> tensor<1x2x(?:1x)?(\d+)x(?:1x)?(\d+)xf32>", text)
+    return [(int(a), int(b)) for a, b in found if int(b) != 4]
+
+
+def test_fused_attention_memory_is_linear_in_length():
+    def temporary(function, length):
+        shape = jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32)
+        slope = jax.grad(lambda *a: function(*a).sum(), (0, 1, 2))
+        return jax.jit(slope).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    ours = lambda *a: fused.attention(*a, Mask(), 0.5, 64)  # noqa: E731
+    square = 4 * 2 * 1024**2
+    assert temporary(ours, 1024) < square < temporary(lambda *a: fused.attention_plain(*a, Mask(), 0.5), 1024)
+
+
+# --- cross-entropy ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 11, 50])
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.2, 0.0), (0.0, 0.03), (0.1, 0.02)])
+def test_fused_cross_entropy_equals_plain(smoothing, z_loss, chunk, rng_seed):
+    rng = np.random.default_rng(rng_seed)
+    params, hidden, labels, weights = cross_entropy_case(rng)
+    factor = float(rng.uniform(0.1, 3.0))
+
+    def both(function, *sizes):
+        def total(p, h, w):
+            loss, nll = function(head, {**p, "code": params["code"]}, h, labels, w, smoothing, z_loss, *sizes)
+            return factor * loss + 7.0 * nll, (loss, nll)  # nll must add nothing to the gradient
+
+        learned = {name: params[name] for name in ("kernel", "bias")}
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(learned, hidden, weights)
+
+    assert apart(both(fused.cross_entropy, chunk), both(fused.cross_entropy_plain)) <= BAR
+
+
+def test_fused_cross_entropy_pays_only_for_what_is_asked(rng_seed):
+    params, hidden, labels, weights = cross_entropy_case(np.random.default_rng(rng_seed))
+
+    def loss(p, h):
+        return fused.cross_entropy(head, p, h, labels, weights, 0.0, 0.0, 11)[0]
+
+    def products(function):
+        return str(jax.make_jaxpr(function)(params, hidden)).count("dot_general")
+
+    assert products(jax.jit(loss)) == 1
+    assert products(jax.jit(jax.grad(loss, 1))) == 2  # the head is frozen
+    assert products(jax.jit(jax.grad(loss, (0, 1), allow_int=True))) == 3
+
+
+def test_fused_cross_entropy_memory_is_a_chunk():
+    batch, length, width, vocab = 2, 64, 8, 4096
+    params = {
+        "kernel": jax.ShapeDtypeStruct((width, vocab), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((vocab,), jnp.float32),
+        "code": jax.ShapeDtypeStruct((1,), jnp.int8),
+    }
+    hidden = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    weights = jax.ShapeDtypeStruct((batch, length), jnp.float32)
+
+    def temporary(function, *sizes):
+        def loss(p, h, labels, weights):
+            return function(head, p, h, labels, weights, 0.1, 0.01, *sizes)[0]
+
+        slope = jax.jit(jax.grad(loss, (0, 1), allow_int=True)).lower(params, hidden, labels, weights)
+        return slope.compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * batch * length * vocab
+    assert temporary(fused.cross_entropy, 4) < logits / 2 < logits <= temporary(fused.cross_entropy_plain)
+
+
+# --- against torch ----------------------------------------------------------------------------------------------------
+
+
+def torch_with_gradients(function, args, rng_seed: int):
+    """What ``with_gradients`` gives, by torch's autograd in float64: the reference's own rounding is out of the way."""
+    import torch
+
+    rng = np.random.default_rng(rng_seed)
+    leaves = [torch.tensor(np.asarray(x), dtype=torch.float64, requires_grad=True) for x in args]
+    out = function(*leaves)
+    out.backward(torch.tensor(np.asarray(normal(rng, *out.shape)), dtype=torch.float64))
+    return out.detach().numpy(), tuple(leaf.grad.numpy() for leaf in leaves)
+
+
+def hold(proof, row, oracle, ours, faulty, reference, args, seed, mutation) -> None:
+    """Error of ours within the bar, of the faulty one beyond it; recorded."""
+    expected = torch_with_gradients(reference, args, seed)
+    assert apart(with_gradients(jax.jit(faulty), args, seed), expected) > BAR
+    proof(row, oracle, apart(with_gradients(jax.jit(ours), args, seed), expected), BAR, seed, mutation)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_fused_norms_equal_torch(name, rng_seed, proof):
+    from torch.nn import functional
+
+    rng = np.random.default_rng(rng_seed)
+    m, d = (int(n) for n in rng.integers(5, 60, 2))
+    eps, x = float(10 ** rng.uniform(-4, -2)), normal(rng, m, d, std=0.3) + 0.2
+    weights = (normal(rng, d),) if name == "rms_norm" else (normal(rng, d), normal(rng, d))
+    ours = getattr(fused, name)
+    hold(
+        proof,
+        f"fused {name}, forward and gradients",
+        f"torch.nn.functional.{name}",
+        lambda *a: ours(*a, eps),
+        lambda *a: ours(*a, 1.5 * eps),
+        lambda x, *w: getattr(functional, name)(x, (d,), *w, eps=eps),
+        (x, *weights),
+        rng_seed,
+        "eps times 1.5",
+    )
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "relu"])
+def test_fused_activations_equal_torch(name, rng_seed, proof):
+    from torch.nn import functional
+
+    rng = np.random.default_rng(rng_seed)
+    x = normal(rng, int(rng.integers(5, 60)), int(rng.integers(5, 60)), std=2.0)
+    other = {"gelu": "gelu_tanh", "gelu_tanh": "gelu", "silu": "gelu", "relu": "silu"}[name]
+    gelu = {"gelu": "none", "gelu_tanh": "tanh"}
+    reference = partial(functional.gelu, approximate=gelu[name]) if name in gelu else getattr(functional, name)
+    ours, faulty = partial(fused.activation, name), partial(fused.activation, other)
+    oracle = f"torch.nn.functional.{name.removesuffix('_tanh')}"
+    row = f"fused {name}, forward and gradient"
+    hold(proof, row, oracle, ours, faulty, reference, (x,), rng_seed, f"{other} in its place")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_fused_gates_equal_torch(name, rng_seed, proof):
+    from torch.nn import functional
+
+    rng = np.random.default_rng(rng_seed)
+    m, f = (int(n) for n in rng.integers(5, 60, 2))
+    act = functional.silu if name == "swiglu" else partial(functional.gelu, approximate="tanh")
+    hold(
+        proof,
+        f"fused {name}, forward and gradients",
+        f"torch.nn.functional.{'silu' if name == 'swiglu' else 'gelu'} and a product",
+        partial(fused.gated, name),
+        lambda gate, up: fused.gated(name, up, gate),
+        lambda gate, up: act(gate) * up,
+        (normal(rng, m, f, std=2.0), normal(rng, m, f)),
+        rng_seed,
+        "gate and up exchanged",
+    )
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["causal", "window", "segments", "prefix"])
+def test_fused_attention_equals_torch(kind, rng_seed, proof):
+    import torch
+    from torch.nn import functional
+
+    rng = np.random.default_rng(rng_seed)
+    kv_heads, group, head_dim = int(rng.integers(2, 4)), int(rng.integers(2, 4)), int(rng.integers(3, 9))
+    length, chunk = int(rng.integers(11, 40)), int(rng.integers(3, 12))
+    query = normal(rng, 3, length, kv_heads * group, head_dim)
+    key, value = (normal(rng, 3, length, kv_heads, head_dim) for _ in range(2))
+    i, j = np.arange(length)[:, None], np.arange(length)[None]
+    segments, prefix = np.sort(rng.integers(1, 4, (3, length))), rng.integers(2, 9, 3)
+    seen = np.broadcast_to(j <= i, (3, length, length))
+    fault = None
+    if kind == "causal":
+        mask = Mask()
+    elif kind == "window":
+        mask, seen = Mask(window=5), seen & (j > i - 5)
+        fault = Mask(window=6)
+    elif kind == "segments":
+        ids = jnp.asarray(segments, jnp.int32)
+        mask, seen = Mask(query_segments=ids, key_segments=ids), seen & (segments[:, :, None] == segments[:, None])
+        fault = Mask()
+    else:
+        mask, seen = Mask(prefix=jnp.asarray(prefix, jnp.int32)), seen | (j < prefix[:, None, None])
+        fault = Mask(prefix=jnp.asarray(prefix + 1, jnp.int32))
+
+    def reference(query, key, value):
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        out = functional.scaled_dot_product_attention(query, key, value, torch.tensor(seen)[:, None], scale=0.37)
+        return out.transpose(1, 2)
+
+    def faulty(query, key, value):
+        if fault is not None:
+            return fused.attention(query, key, value, fault, 0.37, chunk)
+        turned = jnp.arange(kv_heads * group).reshape(kv_heads, group).T.reshape(-1)
+        return fused.attention(query[:, :, turned], key, value, mask, 0.37, chunk)
+
+    hold(
+        proof,
+        f"fused attention ({kind}, grouped heads), forward and gradients",
+        "torch.nn.functional.scaled_dot_product_attention",
+        lambda *a: fused.attention(*a, mask, 0.37, chunk),
+        faulty,
+        reference,
+        (query, key, value),
+        rng_seed,
+        {
+            "causal": "query head n meets key head n % K",
+            "window": "a window longer by 1",
+            "segments": "segments ignored",
+            "prefix": "a prefix longer by 1",
+        }[kind],
+    )
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("mutation", ["no label smoothing", "no z-loss", "labels one step late"])
+def test_fused_cross_entropy_equals_torch(mutation, rng_seed, proof):
+    import torch
+    from torch.nn import functional
+
+    rng = np.random.default_rng(rng_seed)
+    batch, length, width, vocab = (int(n) for n in rng.integers([2, 9, 3, 20], [5, 30, 9, 60]))
+    smoothing, z_loss, chunk = float(rng.uniform(0.05, 0.3)), float(rng.uniform(1e-3, 1e-1)), int(rng.integers(2, 8))
+    labels = jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
+    args = normal(rng, width, vocab), normal(rng, batch, length, width), jnp.abs(normal(rng, batch, length))
+
+    def ours(kernel, hidden, weights, labels=labels, smoothing=smoothing, z_loss=z_loss):
+        out = fused.cross_entropy(product, kernel, hidden, labels, weights, smoothing, z_loss, chunk)
+        return out[0]
+
+    def reference(kernel, hidden, weights):
+        logits = hidden @ kernel
+        target = torch.tensor(np.asarray(labels)).long()
+        loss = functional.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), reduction="none", label_smoothing=smoothing
+        )
+        return ((loss + z_loss * logits.logsumexp(-1).flatten() ** 2) * weights.flatten()).sum()
+
+    faulty = {
+        "no label smoothing": partial(ours, smoothing=0.0),
+        "no z-loss": partial(ours, z_loss=0.0),
+        "labels one step late": partial(ours, labels=jnp.roll(labels, 1, axis=1)),
+    }[mutation]
+    row = "fused cross-entropy (smoothing, z-loss, chunked), forward and gradients"
+    hold(proof, row, "torch.nn.functional.cross_entropy", ours, faulty, reference, args, rng_seed, mutation)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def test_choose_settles_auto_by_backend():
+    assert fused.choose(Compute(), "cpu") == fused.MEASURED["cpu"]
+    assert fused.choose(Compute(), "tpu") == fused.PLAIN
+    assert fused.choose(Compute(kernels="plain", layers="unroll"), "cpu").unroll
+    assert not fused.choose(Compute(kernels="plain"), "cpu").attention
+    assert fused.choose(Compute(kernels="fused"), "tpu").attention
+    assert not fused.choose(Compute(layers="scan"), "cpu").unroll
+
+
+def test_choice_loss_chunk_bounds_the_logits(rng_seed):
+    choice = fused.MEASURED["cpu"]
+    rng = np.random.default_rng(rng_seed)
+    for _ in range(20):
+        batch, length, vocab = (int(n) for n in rng.integers([1, 1, 2], [64, 4096, 200_000]))
+        chunk = choice.loss_chunk(batch, length, vocab)
+        held = batch * (chunk or length) * vocab
+        assert held <= max(choice.loss_logits, batch * vocab) and (chunk is None or 1 <= chunk < length)

@@ -1,0 +1,1 @@
+"""Xylem: language models in JAX and Flax, from one laptop core to a TPU pod."""

@@ -1,0 +1,51 @@
+"""Pretraining experiments: each function is one run, ready to start with ``scripts/pretrain.py NAME``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from xylem.data.config import DataConfig
+from xylem.models import PRESETS
+from xylem.models.gpt import gpt
+from xylem.models.llama import llama
+from xylem.training.config import OptimizerConfig, RunConfig
+
+
+def default() -> RunConfig:
+    """A LLaMA for one laptop: WikiText-2 in a few minutes on two cores."""
+    model = llama(6, 256, 4, 4, 704, vocab_size=4096, max_length=256, rope_theta=1e4, norm_eps=1e-5, head="tied")
+    return RunConfig(
+        model=model,
+        data=DataConfig(corpus="wikitext2", tokenizer="bpe:4096", sequence_length=256),
+        optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, schedule="wsd", warmup_steps=50, decay_fraction=0.4),
+        steps=1000,
+        batch_size=8,
+    )
+
+
+def nanogpt_cpu() -> RunConfig:
+    """The run nanoGPT publishes for a CPU: 4 layers, 4 heads, width 128, context 64, batch 12, characters."""
+    return RunConfig(
+        model=gpt(4, 128, 4, vocab_size=256, max_length=64),
+        data=DataConfig(tokenizer="characters", sequence_length=64),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, beta2=0.99),
+        steps=2000,
+        batch_size=12,
+    )
+
+
+def published(name: str) -> RunConfig:
+    """A published model size on the default corpus: what to start from on a mesh."""
+    model = PRESETS[name]()
+    length = min(1024, model.max_length)
+    data = DataConfig(tokenizer="bpe:32000", sequence_length=length)
+    compute = replace(model.compute, dtype="bfloat16", remat="full")
+    return RunConfig(model=replace(model, compute=compute), data=data, batch_size=64, steps=100_000)
+
+
+RUNS: dict[str, Callable[[], RunConfig]] = {
+    "default": default,
+    "nanogpt_cpu": nanogpt_cpu,
+    **{name: (lambda name=name: published(name)) for name in PRESETS},
+}

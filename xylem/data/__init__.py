@@ -1,0 +1,6 @@
+"""Text to batches: corpora, tokenizers, packed windows in TFDS, grain pipelines.
+
+``config`` says what is wanted, ``corpora`` reads documents, ``tokenizers`` turns them into ids, ``packing`` cuts the
+stream of ids into windows, ``builders`` stores those as a TFDS dataset, and ``pipeline`` does all of it in one call,
+``prepare``, then hands out batches. Nothing here imports jax or TensorFlow: a batch is a dict of NumPy arrays.
+"""

@@ -1,0 +1,298 @@
+"""From a ``DataConfig`` to batches: ``prepare`` once, then ``train_iterator`` and ``eval_batches``."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from xylem.data import corpora, files, progress, tokenizers
+from xylem.data.config import TOKENIZER_FORMS, TOKENIZER_NAMES, DataConfig, bpe_size, cache_root
+from xylem.errors import ConfigError
+
+Batch = dict[str, Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T"]]
+
+# Goes into the name of what is cached: raise it when tokens or windows of the same text would come out otherwise.
+_FORMAT = 1
+_DATASET = Path("packed_text", "1.0.0")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tokenized, packed corpus on disk.
+
+    Attributes:
+        config: what was asked for.
+        key: identifies corpus text, tokenizer, window length and format; a checkpoint of the iterator carries it.
+        folder: where it lies.
+        tokenizer: the tokenizer of its ids.
+        counts: by split, ``documents``, ``bytes`` of text, ``tokens`` of the stream (each document's end-of-text
+            included) and ``windows``.
+    """
+
+    config: DataConfig
+    key: str
+    folder: Path
+    tokenizer: tokenizers.Tokenizer
+    counts: dict[str, dict[str, int]]
+
+    @property
+    def records(self) -> dict[str, int]:
+        """Windows in each split."""
+        return {split: counts["windows"] for split, counts in self.counts.items()}
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes of text in each split: bits per byte = sum of the labels' losses in nats / ln 2 / bytes."""
+        return {split: counts["bytes"] for split, counts in self.counts.items()}
+
+    @cached_property
+    def _builder(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(str(self.folder / _DATASET))
+
+    def source(self, split: str) -> Any:
+        """Random access to a split: ``len``, ``[i]`` and ``__getitems__`` of tokens and segments, int32 (T+1,).
+
+        Raises:
+            ConfigError: there is no such split.
+        """
+        if split not in self.counts:
+            raise ConfigError("split", split, f"allowed: {', '.join(self.counts)}", self.counts)
+        return self._builder.as_data_source(split=split)
+
+    def batch(self, source: Any, rows: "list[int] | np.ndarray", pad_to: int = 0) -> Batch:
+        """The windows ``rows`` of ``source`` as one batch, filled with empty windows up to ``pad_to``.
+
+        Returns:
+            tokens, labels, segments (int32) and weights (float32), all (B, T). labels[t] follows tokens[t]; segments
+            number the documents of a row from 1 and are 0 in padding; weights are 1 where the label is a token of the
+            corpus, else 0.
+
+        Raises:
+            ConfigError: a stored id is outside the tokenizer's vocabulary; the message names the record.
+        """
+        read = source.__getitems__([int(row) for row in rows])
+        shape = (max(pad_to, len(read)), self.config.sequence_length + 1)
+        tokens, segments = np.full(shape, self.tokenizer.end_of_text, np.int32), np.zeros(shape, np.int32)
+        for place, record in enumerate(read):
+            tokens[place], segments[place] = record["tokens"], record["segments"]
+        if tokens.min() < 0 or tokens.max() >= self.tokenizer.vocab_size:
+            bad = int(np.argmax(((tokens < 0) | (tokens >= self.tokenizer.vocab_size)).any(axis=1)))
+            vocabulary = f"ids are 0 to {self.tokenizer.vocab_size - 1}"
+            allowed = f"{vocabulary}; record {int(rows[bad])} of {self.folder} is damaged"
+            raise ConfigError("token id", int(max(tokens[bad], key=abs)), allowed)
+        return {
+            "tokens": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "segments": segments[:, :-1],
+            "weights": (segments[:, 1:] > 0).astype(np.float32),
+        }
+
+
+def prepare(config: DataConfig, report: files.Report = print) -> Prepared:
+    """Fetch, tokenize and pack a corpus, or find it done.
+
+    Each stage (download, tokenizer, windows) is kept in the cache when it is whole, and never before: a call that was
+    killed is repeated from the last whole stage. Processes that want the same thing wait for the first.
+
+    Args:
+        config: what to prepare.
+        report: takes lines of progress. With ``print`` on a terminal, stages are shown by rich instead.
+
+    Raises:
+        ConfigError: the config names something that does not exist, is broken, empty or too small.
+        CheckpointError: the disk is full; nothing half-written is left.
+        Failure: a package cannot be fetched.
+    """
+    root = cache_root(config.cache_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("data.cache_dir", str(root), f"a folder that can be written ({error.strerror})") from error
+    corpus = corpora.open_corpus(config, report)
+    tokenizer = _tokenizer(config, corpus, root, report)
+    key = _key("windows", corpus.identity, tokenizer.hash, config.sequence_length)
+    folder = root / "packed" / f"{corpus.name}-{config.sequence_length}-{key}"
+    with files.locked(folder.with_name(f"{folder.name}.lock"), report):
+        counts = _finished(folder, tokenizer.hash)
+        if counts is None:
+            _build(folder, corpus, tokenizer, config.sequence_length, report)
+            counts = _finished(folder, tokenizer.hash)
+    if counts is None:
+        raise ConfigError("data.cache_dir", str(root), f"what was just written to {folder} is not there")
+    return Prepared(config, key, folder, tokenizer, counts)
+
+
+def _build(folder: Path, corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer, length: int, report: Any) -> None:
+    """Write the dataset, its tokenizer and, last, the manifest that makes it count as whole."""
+    import tensorflow_datasets as tfds
+
+    from xylem.data.builders import PackedText
+
+    tfds.disable_progress_bar()
+    with files.whole_folder(folder) as building:
+        builder = PackedText(
+            corpus=corpus, tokenizer=tokenizer, sequence_length=length, report=report, data_dir=str(building)
+        )
+        builder.download_and_prepare()
+        tokenizer.save(building / "tokenizer")
+        written = sorted(path for path in building.rglob("*") if path.is_file())
+        manifest = {
+            "tokenizer_hash": tokenizer.hash,
+            "counts": builder.counts,
+            "files": {str(path.relative_to(building)): path.stat().st_size for path in written},
+        }
+        files.write_text(building / "manifest.json", json.dumps(manifest, indent=2))
+
+
+def _finished(folder: Path, tokenizer_hash: str) -> dict[str, dict[str, int]] | None:
+    """The counts of a dataset that is whole: its manifest is there and each file has the size it names."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
+        whole = sizes == manifest["files"] and manifest["tokenizer_hash"] == tokenizer_hash
+        return manifest["counts"] if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _tokenizer(config: DataConfig, corpus: corpora.Corpus, root: Path, report: Any) -> tokenizers.Tokenizer:
+    """The tokenizer that ``config`` names; one made from the corpus is cached."""
+    if config.tokenizer == "bytes":
+        return tokenizers.byte_level()
+    size = bpe_size(config.tokenizer)
+    if size is None and config.tokenizer != "characters":
+        if not Path(config.tokenizer).expanduser().exists():
+            raise ConfigError("data.tokenizer", config.tokenizer, TOKENIZER_FORMS, TOKENIZER_NAMES)
+        return tokenizers.load(config.tokenizer)
+    key = _key(config.tokenizer, corpus.identity)
+    folder = root / "tokenizers" / f"{corpus.name}-{config.tokenizer.replace(':', '-')}-{key}"
+    with files.locked(folder.with_name(f"{folder.name}.lock"), report):
+        if (folder / "tokenizer.json").is_file():
+            return tokenizers.load(folder)
+        with progress.stage(f"making the tokenizer {config.tokenizer} of {corpus.name}", report) as advance:
+            # Characters come from every split, as in nanoGPT: an alphabet is no statistic, and this keeps it lossless.
+            splits = ["train"] if size else list(corpus.splits)
+            texts = progress.counted((text for split in splits for text in corpus.splits[split]()), advance)
+            made = tokenizers.train_bpe(texts, size) if size else tokenizers.characters(texts)
+        with files.whole_folder(folder) as building:
+            made.save(building)
+        return tokenizers.load(folder)
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:16]
+
+
+class TrainIterator:
+    """An endless, shuffled, resumable stream of training batches; ``next(iterator)`` gives one.
+
+    The order is that of a fresh permutation each epoch, end to end; batch ``step`` holds places
+    ``step * batch_size .. (step + 1) * batch_size - 1`` of it, whatever the number of hosts: host h of H has every H-th
+    of these, from place h. Batches are read ahead by one thread.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        import grain
+
+        source = prepared.source("train")
+        local = _local_rows(batch_size, process_index, process_count)
+        if not 0 <= seed < 2**32:
+            raise ConfigError("seed", seed, "a whole number from 0 to 4294967295")
+        self._identity = {"dataset": prepared.key, "seed": seed, "batch_size": batch_size}
+        # Row numbers are shuffled, not rows: a batch is then one bulk read.
+        rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()[process_index::process_count]
+        batches = rows.batch(local, drop_remainder=True).map(lambda numbers: prepared.batch(source, numbers))
+        # One thread: it feeds millions of tokens a second, and leaves the cores to XLA.
+        self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        self.set_state(self._identity | {"step": start_step})
+
+    def __iter__(self) -> "TrainIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """The place in the stream, fit for JSON: ``step`` is that of the batch ``next`` gives."""
+        return self._identity | {"step": self._iterator.get_state()["next_index"]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a place in the stream; no batch before it is read.
+
+        Raises:
+            ConfigError: the state belongs to another dataset, seed or batch size, whose stream is another.
+        """
+        for field, own in self._identity.items():
+            if state.get(field) != own:
+                raise ConfigError(field, own, f"the run was begun with {state.get(field)!r}: its order is another")
+        if not isinstance(state.get("step"), int) or state["step"] < 0:
+            raise ConfigError("step", state.get("step"), "a whole number, at least 0")
+        self._iterator.set_state(self._iterator.get_state() | {"next_index": state["step"]})
+
+
+def train_iterator(
+    prepared: Prepared,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainIterator:
+    """The training batches of one host from global step ``start_step`` on; see ``TrainIterator``.
+
+    Args:
+        prepared: what to read.
+        batch_size: rows of the global batch; each host gets ``batch_size / process_count`` of them.
+        seed: the order of the rows, 0 to 2**32 - 1.
+        start_step: the global step of the first batch.
+        process_index, process_count: which host of how many.
+
+    Raises:
+        ConfigError: a batch size that the hosts do not divide, or a seed out of range.
+    """
+    return TrainIterator(
+        prepared, batch_size, seed, start_step, process_index=process_index, process_count=process_count
+    )
+
+
+def eval_batches(
+    prepared: Prepared, split: str, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every window of a split once, in the order of the text; the last batch is filled with rows of weight 0.
+
+    All hosts get the same number of batches; host h of H has rows h, h + H, ... of each global batch.
+
+    Raises:
+        ConfigError: no such split, or a batch size that the hosts do not divide.
+    """
+    source = prepared.source(split)
+    local = _local_rows(batch_size, process_index, process_count)
+    for start in range(0, len(source), batch_size):
+        rows = range(start + process_index, min(start + batch_size, len(source)), process_count)
+        yield prepared.batch(source, list(rows), pad_to=local)
+
+
+def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:
+    if not 0 <= process_index < process_count:
+        raise ConfigError("process_index", process_index, f"0 to {process_count - 1}")
+    if batch_size < 1 or batch_size % process_count:
+        raise ConfigError("batch_size", batch_size, f"a positive multiple of the {process_count} hosts")
+    return batch_size // process_count

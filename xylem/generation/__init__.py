@@ -1,0 +1,1 @@
+"""What a network says next: sampling and text in, text out."""

@@ -1,0 +1,154 @@
+"""From logits to tokens: one jitted loop over a cache, prompts of unequal length in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from xylem.errors import ConfigError
+from xylem.models.cache import KVCache
+from xylem.models.transformer import CausalLM
+
+BUCKET = 32  # prompt lengths and budgets are rounded up to this, so that few shapes are ever compiled
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        max_new_tokens: at most so many tokens a prompt.
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: draw among the k likeliest (ties with the k-th included); None for all.
+        top_p: draw among the fewest likeliest whose probabilities reach p (1904.09751, section 3.1); None for all.
+        stop: token ids that end a completion; they are not part of it.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ConfigError("max_new_tokens", self.max_new_tokens, "it must be at least 1")
+        if not self.temperature >= 0:
+            raise ConfigError("temperature", self.temperature, "it must be 0 (greedy) or positive")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError("top_k", self.top_k, "it must be at least 1, or None")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError("top_p", self.top_p, "it must lie in (0, 1], or be None")
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What was generated for each prompt, without the prompt and without the stop token.
+
+    Attributes:
+        tokens: one array of ids a prompt.
+        stopped: whether a stop token ended it, rather than the budget.
+    """
+
+    tokens: list[np.ndarray]
+    stopped: list[bool]
+
+
+def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits after temperature, then top-k, then top-p; tokens that cannot be drawn get minus infinity."""
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p is not None and sampling.top_p < 1.0:
+        order = jnp.argsort(logits, axis=-1)
+        below = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
+        drop = (below <= 1.0 - sampling.top_p).at[:, -1].set(False)  # the likeliest always stays
+        rows = jnp.arange(logits.shape[0])[:, None]
+        logits = jnp.where(jnp.zeros_like(drop).at[rows, order].set(drop), -jnp.inf, logits)
+    return logits
+
+
+def draw(logits: Float[Array, "B V"], sampling: Sampling, key: PRNGKeyArray) -> Int[Array, "B"]:
+    """One token a row."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, filter_logits(logits, sampling), axis=-1).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("module", "sampling", "capacity", "budget"))
+def _loop(
+    module: CausalLM,
+    params: Any,
+    prompts: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    key: PRNGKeyArray,
+    *,
+    sampling: Sampling,
+    capacity: int,
+    budget: int,
+) -> tuple[Int[Array, "B U"], Int[Array, "B"]]:
+    """Read the prompts, then write until every row has stopped; returns tokens and how many of each row count."""
+    batch = prompts.shape[0]
+    out = module.apply({"params": params}, prompts, cache=KVCache.init(module.config, batch, capacity))
+    last = out.hidden[jnp.arange(batch), lengths - 1]  # the head sees one position a row, not the whole prompt
+    stop = jnp.array(sampling.stop, jnp.int32)
+
+    def unfinished(carry):
+        step, stopped = carry[0], carry[4]
+        return (step < sampling.max_new_tokens) & ~stopped.all()
+
+    def write(carry):
+        step, hidden, cache, tokens, stopped, counts = carry
+        token = draw(module.head(params, hidden), sampling, jax.random.fold_in(key, step))
+        stopped = stopped | (token[:, None] == stop[None, :]).any(-1)
+        tokens = tokens.at[:, step].set(token)
+        out = module.apply({"params": params}, token[:, None], cache=cache)
+        return step + 1, out.hidden[:, 0], out.cache, tokens, stopped, counts + ~stopped
+
+    nothing = jnp.zeros((batch, budget), jnp.int32), jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
+    start = (jnp.int32(0), last, out.cache.rewind(lengths), *nothing)
+    carry = jax.lax.while_loop(unfinished, write, start)
+    return carry[3], carry[5]
+
+
+def generate(
+    module: CausalLM, params: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, key: PRNGKeyArray
+) -> Completions:
+    """Continue each prompt (ids, at least one) until a stop token or ``sampling.max_new_tokens``.
+
+    A row's tokens do not depend on how its neighbours' prompts are padded; greedy rows not on their neighbours at all.
+
+    Raises:
+        ConfigError: an empty prompt, an id outside the vocabulary, or more tokens than the model's ``max_length``.
+    """
+    config = module.config
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not len(prompts) or lengths.min() == 0:
+        raise ConfigError("prompts", list(prompts), "there must be at least one, and each needs at least one token")
+    for prompt in prompts:
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ConfigError("prompts", list(prompt), f"ids must lie in [0, {config.vocab_size})")
+    longest = int(lengths.max()) + sampling.max_new_tokens
+    if longest > config.max_length:
+        allowed = f"prompt and new tokens together must fit the model's max_length = {config.max_length}"
+        raise ConfigError("max_new_tokens", f"{lengths.max()} + {sampling.max_new_tokens}", allowed)
+    up = lambda size: min(config.max_length, -(-size // BUCKET) * BUCKET)  # noqa: E731
+    padded = np.zeros((len(prompts), up(int(lengths.max()))), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    sizes = {"capacity": up(longest), "budget": up(sampling.max_new_tokens)}
+    tokens, counts = _loop(module, params, padded, lengths, key, sampling=sampling, **sizes)
+    tokens, counts = np.asarray(tokens), np.asarray(counts)
+    return Completions(
+        tokens=[row[:count] for row, count in zip(tokens, counts, strict=True)],
+        stopped=[bool(count < sampling.max_new_tokens) for count in counts],
+    )

@@ -1,0 +1,46 @@
+"""Networks as pure functions of (parameters, tokens).
+
+One legend for every annotation and einsum:
+
+====  =========================  ====  ==============================
+B     batch                      H     head dimension
+T     query length               V     vocabulary
+S     key length                 L     layers
+D     model width                R     rank
+F     feed-forward width         E     experts, or heads x head dim
+N     heads                      G     query heads a key/value head
+K     key/value heads
+====  =========================  ====  ==============================
+
+``build(config)`` gives the module; ``PRESETS`` every published size by name. Nothing here imports jax until ``build``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from xylem.models import gpt, llama
+from xylem.models.config import TransformerConfig
+
+if TYPE_CHECKING:
+    from xylem.models.transformer import CausalLM
+
+_SIZES = {
+    gpt: ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"),
+    llama: (
+        *("llama_7b", "llama_13b", "llama_33b", "llama_65b", "llama2_7b", "llama2_13b", "llama2_70b"),
+        *("llama3_8b", "llama3_70b", "llama3_1_8b", "llama3_1_70b", "llama3_1_405b", "llama3_2_1b", "llama3_2_3b"),
+        "smollm2",
+    ),
+}
+PRESETS: dict[str, Callable[[], TransformerConfig]] = {
+    name: getattr(family, name) for family, names in _SIZES.items() for name in names
+}
+
+
+def build(config: TransformerConfig) -> CausalLM:
+    """The module a config describes: ``init``, ``apply``, ``head`` and ``clone`` are its public calls."""
+    from xylem.models.transformer import CausalLM
+
+    return CausalLM(config)

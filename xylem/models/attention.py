@@ -1,0 +1,89 @@
+"""Attention: a readable reference, the fast paths that equal it, and the layer that owns the four projections."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from xylem.models import fused
+from xylem.models.cache import KVCache
+from xylem.models.config import TransformerConfig
+from xylem.models.fused import Choice
+from xylem.models.layers import Dense, merge_heads, split_heads
+from xylem.models.masks import Mask
+from xylem.models.positions import rotate
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    bias: Float[Array, "#B N T S"] | None = None,
+    dropout: float = 0.0,
+    rng: PRNGKeyArray | None = None,
+) -> Float[Array, "B T N H"]:
+    """Scaled dot-product attention with grouped heads: the definition every fast path is held against.
+
+    ``softmax(query @ key / sqrt(H) + bias) @ value`` over the keys the mask allows (1706.03762, section 3.2.1); query
+    head n reads key/value head ``n // (N/K)`` (GQA 2305.13245). A query that may see nothing gets zeros. ``dropout``
+    drops attention weights; it needs ``rng``.
+    """
+    batch, queries, heads, head_dim = query.shape
+    groups = heads // key.shape[2]
+    query = rearrange(query, "b t (k g) h -> b k g t h", g=groups)
+    scores = jnp.einsum("bkgth,bskh->bkgts", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    if bias is not None:
+        scores = scores + rearrange(bias, "b (k g) t s -> b k g t s", g=groups)
+    allowed = mask.array(queries, key.shape[1])[:, None, None]
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(peak))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    if rng is not None and dropout > 0.0:
+        keep = jax.random.bernoulli(rng, 1.0 - dropout, weights.shape)
+        weights = jnp.where(keep, weights / (1.0 - dropout), 0.0)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
+    return rearrange(out, "b t k g h -> b t (k g) h")
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped key/value heads; it knows no family, only what its config says."""
+
+    config: TransformerConfig
+    kernels: Choice
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Mask,
+        rope: tuple[Array, Array] | None,
+        cache: KVCache | None,
+        layer: Int[Array, ""] | int,
+        train: bool,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Returns the output projection and the cache with this layer's keys and values written into it."""
+        config, kernels = self.config, self.kernels
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        query = Dense(heads * head_dim, config.init.kernel, config, kernels, name="query")(x)
+        key = Dense(kv_heads * head_dim, config.init.kernel, config, kernels, name="key")(x)
+        value = Dense(kv_heads * head_dim, config.init.kernel, config, kernels, name="value")(x)
+        query, key, value = (split_heads(each, head_dim) for each in (query, key, value))
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
+        if cache is not None:
+            cache, key, value = cache.update(layer, key, value)
+        if train and config.dropout > 0.0:
+            out = attend(query, key, value, mask, dropout=config.dropout, rng=self.make_rng("dropout"))
+        elif kernels.attention and cache is None:
+            out = fused.attention(query, key, value, mask, head_dim**-0.5, kernels.attention_chunk)
+        else:
+            out = attend(query, key, value, mask)
+        out = Dense(x.shape[-1], config.init.residual, config, kernels, name="output")(merge_heads(out))
+        return out, cache

@@ -1,0 +1,145 @@
+"""What a network is, as values: frozen, checked once when made, importable without jax.
+
+Constants that differ between families (``rope_theta``, ``norm_eps``, ...) have no default here: a preset names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from xylem.errors import ConfigError
+
+T = TypeVar("T")
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"]
+GATED = ("swiglu", "geglu")
+
+
+def check_choices(config: Any) -> None:
+    """Raise ConfigError when a field annotated ``Literal[...]`` of a dataclass holds anything else."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+            allowed = [str(choice) for choice in get_args(kind)]
+            raise ConfigError(name, getattr(config, name), f"it must be one of {', '.join(allowed)}", allowed)
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A config dataclass from what ``dataclasses.asdict`` made of it, nested ones included."""
+    hints = get_type_hints(kind)
+    unknown = [name for name in values if name not in hints]
+    if unknown:
+        raise ConfigError(kind.__name__, unknown[0], f"its fields are {', '.join(hints)}", hints)
+
+    def build(name: str, value: Any) -> Any:
+        nested = [each for each in (hints[name], *get_args(hints[name])) if is_dataclass(each)]
+        return from_dict(nested[0], value) if nested and isinstance(value, Mapping) else value
+
+    return kind(**{name: build(name, value) for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a network is computed, never what it computes.
+
+    Attributes:
+        dtype: of activations and matrix products; norms, softmax, logits and losses stay in float32.
+        param_dtype: of stored parameters.
+        remat: what a layer keeps for the backward pass: ``none`` recomputes nothing, ``dots`` keeps matrix products,
+            ``full`` keeps the layer's input only.
+        layers: ``scan`` compiles one layer, ``unroll`` all of them (longer compile, faster step on CPU);
+            ``auto`` takes what was measured fastest for the backend.
+        kernels: ``fused`` for the hand-written derivatives of ``fused.py``, ``plain`` for what XLA derives;
+            ``auto`` as above.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    layers: Literal["auto", "scan", "unroll"] = "auto"
+    kernels: Literal["auto", "plain", "fused"] = "auto"
+
+    def __post_init__(self):
+        check_choices(self)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """LLaMA 3.1's stretching of the rotary frequencies (2407.21783, section 3.4.2; llama-models ``apply_scaling``)."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_max_length: int
+
+
+@dataclass(frozen=True)
+class Initializers:
+    """Standard deviations of the zero-mean normal each kind of weight starts from; biases start at 0, scales at 1."""
+
+    embedding: float
+    positions: float
+    kernel: float
+    residual: float  # the projections that write into the residual stream
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A decoder-only transformer: every family of it is a setting of these values.
+
+    Attributes:
+        family: whose conventions outside files follow (see ``hub``); the network itself never reads it.
+        max_length: the longest sequence, in tokens.
+        num_kv_heads: key/value heads; each serves ``num_heads / num_kv_heads`` query heads (GQA 2305.13245).
+        activation: ``swiglu`` and ``geglu`` are gated (2002.05202) and have a third matrix.
+        rope_theta: base of the rotary frequencies, for ``positions="rope"`` only.
+        bias: whether projections carry a bias. LayerNorm always has one, RMSNorm never.
+        head: ``tied`` reuses the embedding table as output matrix.
+        dropout: rate after the embedding, on attention weights and on both residual branches.
+    """
+
+    family: Literal["gpt", "llama"]
+    vocab_size: int
+    max_length: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    activation: Activation
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_eps: float
+    positions: Literal["learned", "sinusoidal", "rope", "none"]
+    rope_theta: float | None
+    bias: Literal["everywhere", "none"]
+    head: Literal["tied", "untied"]
+    init: Initializers
+    rope_scaling: RopeScaling | None = None
+    dropout: float = 0.0
+    compute: Compute = field(default_factory=Compute)
+
+    def __post_init__(self):
+        check_choices(self)
+        sizes = ("vocab_size", "max_length", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError("num_kv_heads", self.num_kv_heads, f"it must divide num_heads = {self.num_heads}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError("dropout", self.dropout, "it must lie in [0, 1)")
+        if not self.norm_eps > 0.0:
+            raise ConfigError("norm_eps", self.norm_eps, "it must be positive")
+        if self.positions == "rope":
+            if self.rope_theta is None or not self.rope_theta > 0:
+                raise ConfigError("rope_theta", self.rope_theta, 'positions = "rope" needs a positive number')
+            if self.head_dim % 2:
+                raise ConfigError("head_dim", self.head_dim, "rotary positions rotate pairs: it must be even")
+        elif self.rope_theta is not None or self.rope_scaling is not None:
+            raise ConfigError("positions", self.positions, 'rope_theta and rope_scaling are for "rope" alone', ["rope"])
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate matrix."""
+        return self.activation in GATED

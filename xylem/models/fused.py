@@ -1,0 +1,538 @@
+"""Hand-written derivatives for what XLA:CPU makes slow, each beside its plain twin.
+
+``<name>_plain`` is the readable definition and the oracle of the tests; ``<name>`` computes the same with a
+``jax.custom_vjp``. Three things are slow on XLA:CPU and are avoided here: gradients of (B, T, D) products, which are
+rematerialised transposed (so tokens are flattened to M = B * T); intermediates that autodiff stores for norms,
+activations and softmax (so only inputs and row statistics are kept); and the T x T and T x V arrays of attention and
+cross-entropy (so both go by chunks). Nothing else in the models knows how: ``choose`` says per backend what to call.
+
+Reverse mode only: ``jax.jvp`` through these raises, ``kernels="plain"`` has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
+
+from xylem.models.config import Compute
+from xylem.models.masks import Mask
+
+F32 = jnp.float32
+
+
+# --- matrix product ---------------------------------------------------------------------------------------------------
+
+
+def matmul_plain(x: Float[Array, "M I"], w: Float[Array, "I O"]) -> Float[Array, "M O"]:
+    """``x @ w``."""
+    return x @ w
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "M I"], w: Float[Array, "I O"]) -> Float[Array, "M O"]:
+    """``x @ w``, whose two gradients are one product each and transpose nothing in memory."""
+    return x @ w
+
+
+def _matmul_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _matmul_backward(saved, g):
+    x, w = saved
+    dx = jax.lax.dot_general(g, w, (((1,), (1,)), ((), ())))
+    dw = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+    return dx, dw
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+# --- embedding look-up ------------------------------------------------------------------------------------------------
+
+ONE_HOT_VOCAB = 1024  # up to here the gradient is a product with one-hot rows, beyond it a scatter; see MEASURED
+
+
+def embed_plain(table: Float[Array, "V D"], ids: Int[Array, "M"]) -> Float[Array, "M D"]:
+    """Row ``ids[m]`` of the table; NaN where an id is out of range."""
+    return jnp.take(table, ids, axis=0)
+
+
+@jax.custom_vjp
+def embed(table: Float[Array, "V D"], ids: Int[Array, "M"]) -> Float[Array, "M D"]:
+    """``embed_plain`` with a gradient that is a matrix product for small vocabularies."""
+    return jnp.take(table, ids, axis=0)
+
+
+def _embed_forward(table, ids):
+    return jnp.take(table, ids, axis=0), (table, ids)  # of the table only the shape is used
+
+
+def _embed_backward(saved, g):
+    table, ids = saved
+    if table.shape[0] <= ONE_HOT_VOCAB:
+        one_hot = jax.nn.one_hot(ids, table.shape[0], dtype=g.dtype)
+        return jax.lax.dot_general(one_hot, g, (((0,), (0,)), ((), ()))).astype(table.dtype), None
+    return jnp.zeros(table.shape, table.dtype).at[ids].add(g.astype(table.dtype), mode="drop"), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+def layer_norm_plain(
+    x: Float[Array, "M D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+) -> Float[Array, "M D"]:
+    """LayerNorm (1607.06450, section 3.1) over the last axis: statistics in float32, output in ``x.dtype``."""
+    wide = x.astype(F32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    return (normal * scale.astype(F32)[None] + bias.astype(F32)[None]).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "M D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+) -> Float[Array, "M D"]:
+    """``layer_norm_plain``, keeping ``x`` and two numbers a row."""
+    return layer_norm_plain(x, scale, bias, eps)
+
+
+def _layer_norm_forward(x, scale, bias, eps):
+    wide = x.astype(F32)
+    mean = wide.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
+    normal = (wide - mean) * inverse
+    out = (normal * scale.astype(F32)[None] + bias.astype(F32)[None]).astype(x.dtype)
+    return out, (x, scale, bias, mean, inverse)
+
+
+def _layer_norm_backward(eps, saved, g):
+    x, scale, bias, mean, inverse = saved
+    normal, wide = (x.astype(F32) - mean) * inverse, g.astype(F32)
+    inner = wide * scale.astype(F32)[None]
+    along = (inner * normal).mean(-1, keepdims=True)
+    dx = inverse * (inner - inner.mean(-1, keepdims=True) - normal * along)
+    return dx.astype(x.dtype), (wide * normal).sum(0).astype(scale.dtype), wide.sum(0).astype(bias.dtype)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def rms_norm_plain(x: Float[Array, "M D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "M D"]:
+    """RMSNorm (1910.07467, section 4) over the last axis: statistics in float32, output in ``x.dtype``."""
+    wide = x.astype(F32)
+    normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    return (normal * scale.astype(F32)[None]).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "M D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "M D"]:
+    """``rms_norm_plain``, keeping ``x`` and one number a row."""
+    return rms_norm_plain(x, scale, eps)
+
+
+def _rms_norm_forward(x, scale, eps):
+    wide = x.astype(F32)
+    inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(F32)[None]).astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_norm_backward(eps, saved, g):
+    x, scale, inverse = saved
+    normal, wide = x.astype(F32) * inverse, g.astype(F32)
+    inner = wide * scale.astype(F32)[None]
+    dx = inverse * (inner - normal * (inner * normal).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), (wide * normal).sum(0).astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+GELU_TANH = (math.sqrt(2.0 / math.pi), 0.044715)  # 1606.08415, section 2: the tanh approximation
+
+
+def _gelu(x):
+    below = 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+    return x * below, below + x * jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
+
+
+def _gelu_tanh(x):
+    slope, cubic = GELU_TANH
+    t = jnp.tanh(slope * (x + cubic * x * x * x))
+    return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope * (1.0 + 3.0 * cubic * x * x)
+
+
+def _silu(x):
+    s = jax.nn.sigmoid(x)
+    return x * s, s * (1.0 + x * (1.0 - s))
+
+
+def _relu(x):
+    return jnp.maximum(x, 0.0), (x > 0).astype(x.dtype)
+
+
+# name -> (the definition, value and derivative written out)
+ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
+    "gelu": (partial(jax.nn.gelu, approximate=False), _gelu),
+    "gelu_tanh": (partial(jax.nn.gelu, approximate=True), _gelu_tanh),
+    "silu": (jax.nn.silu, _silu),
+    "relu": (jax.nn.relu, _relu),
+}
+GATES = {"swiglu": "silu", "geglu": "gelu_tanh"}  # 2002.05202, section 2; the approximation as in Gemma and T5 v1.1
+
+
+def activation_plain(name: str, x: Float[Array, "M F"]) -> Float[Array, "M F"]:
+    """``gelu`` (exact), ``gelu_tanh``, ``silu`` or ``relu``; computed in float32, returned in ``x.dtype``."""
+    return ACTIVATIONS[name][0](x.astype(F32)).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def activation(name: str, x: Float[Array, "M F"]) -> Float[Array, "M F"]:
+    """``activation_plain``, keeping ``x`` alone."""
+    return ACTIVATIONS[name][1](x.astype(F32))[0].astype(x.dtype)
+
+
+def _activation_forward(name, x):
+    return activation(name, x), x
+
+
+def _activation_backward(name, x, g):
+    return ((g.astype(F32) * ACTIVATIONS[name][1](x.astype(F32))[1]).astype(x.dtype),)
+
+
+activation.defvjp(_activation_forward, _activation_backward)
+
+
+def gated_plain(name: str, gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "M F"]:
+    """``silu(gate) * up`` for ``swiglu``, ``gelu_tanh(gate) * up`` for ``geglu``; computed in float32."""
+    return (ACTIVATIONS[GATES[name]][0](gate.astype(F32)) * up.astype(F32)).astype(gate.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(name: str, gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "M F"]:
+    """``gated_plain``, keeping ``gate`` and ``up`` alone."""
+    return (ACTIVATIONS[GATES[name]][1](gate.astype(F32))[0] * up.astype(F32)).astype(gate.dtype)
+
+
+def _gated_forward(name, gate, up):
+    return gated(name, gate, up), (gate, up)
+
+
+def _gated_backward(name, saved, g):
+    gate, up = saved
+    value, slope = ACTIVATIONS[GATES[name]][1](gate.astype(F32))
+    wide = g.astype(F32)
+    return (wide * up.astype(F32) * slope).astype(gate.dtype), (wide * value).astype(up.dtype)
+
+
+gated.defvjp(_gated_forward, _gated_backward)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def attention_plain(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Mask,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Scaled dot-product attention (1706.03762, section 3.2.1) with grouped heads (2305.13245): the definition.
+
+    Query head n reads key/value head n // (N / K). Softmax in float32. A query that sees nothing gets 0.
+    """
+    grouped = rearrange(query, "B T (K G) H -> B T K G H", K=key.shape[2])
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=F32) * scale
+    visible = mask.array(query.shape[1], key.shape[1])[:, None, None]
+    scores = jnp.where(visible, scores, jnp.finfo(F32).min)
+    weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0.0)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(value.dtype), value)
+    return rearrange(out, "B T K G H -> B T (K G) H")
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Mask,
+    scale: float,
+    chunk: int,
+) -> Float[Array, "B T N H"]:
+    """``attention_plain`` by chunks of queries, each against the keys it can see.
+
+    As in FlashAttention (2205.14135, section 3.1, appendix B.4) one log-sum-exp a row is kept and the backward pass
+    recomputes the weights; peak memory is B * N * chunk * S, not B * N * T * S.
+    """
+    blocks = tuple(_blocks(mask, query.shape[1], key.shape[1], chunk))
+    return _attention(scale, blocks, query, key, value, mask)
+
+
+def _blocks(mask: Mask, queries: int, keys: int, chunk: int):
+    """Pairs of slices (queries, keys to look at), decided from what is static in the mask."""
+    in_order = mask.causal and mask.offset is None and mask.prefix is None
+    for start in range(0, queries, chunk):
+        stop, first, last = min(start + chunk, queries), 0, keys
+        if in_order:
+            last = min(stop, keys)
+            if isinstance(mask.window, int):
+                first = min(max(0, start - mask.window + 1), last - 1)
+        yield (start, stop), (first, last)
+
+
+def _scores(scale, block, query, key, mask: Mask):
+    """Masked float32 scores of one block; ``query`` is (B, K, G, T, H), ``key`` (B, K, S, H)."""
+    rows, columns = slice(*block[0]), slice(*block[1])
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", query[..., rows, :], key[:, :, columns], preferred_element_type=F32)
+    scores = scores * scale
+    if mask.causal or mask.window is not None or mask.query_segments is not None:
+        scores = jnp.where(mask.block(rows, columns)[:, None, None], scores, -jnp.inf)
+    return scores
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(scale, blocks, query, key, value, mask):
+    return _attention_forward(scale, blocks, query, key, value, mask)[0]
+
+
+def _attention_forward(scale, blocks, query, key, value, mask):
+    q = rearrange(query, "B T (K G) H -> B K G T H", K=key.shape[2])
+    k, v = (rearrange(x, "B S K H -> B K S H") for x in (key, value))
+    outs, sums = [], []
+    for block in blocks:
+        scores = _scores(scale, block, q, k, mask)
+        peak = scores.max(-1, keepdims=True)
+        peak = jnp.where(peak == -jnp.inf, 0.0, peak)  # a row that sees nothing: every weight below is exp(-inf) = 0
+        weights = jnp.exp(scores - peak)
+        total = weights.sum(-1, keepdims=True)
+        total = jnp.where(total == 0.0, 1.0, total)
+        out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v[:, :, slice(*block[1])])
+        outs.append(rearrange(out / total.astype(out.dtype), "B K G T H -> B T (K G) H"))
+        sums.append(peak + jnp.log(total))
+    out = jnp.concatenate(outs, axis=1)
+    return out, (q, k, v, out, jnp.concatenate(sums, axis=3), mask)
+
+
+def _attention_backward(scale, blocks, saved, g):
+    q, k, v, out, log_sums, mask = saved
+    split = partial(rearrange, pattern="B T (K G) H -> B K G T H", K=k.shape[1])
+    # Row sums of weights * d(weights), from the output instead (2205.14135, appendix B.4, equation 4).
+    inner = split((g.astype(F32) * out.astype(F32)).sum(-1, keepdims=True))
+    g = split(g)
+    dqs, dk, dv = [], jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)
+    for block in blocks:
+        rows, columns = slice(*block[0]), slice(*block[1])
+        weights = jnp.exp(_scores(scale, block, q, k, mask) - log_sums[..., rows, :])
+        g_rows = g[..., rows, :]
+        dv = dv.at[:, :, columns].add(
+            jnp.einsum("BKGTS,BKGTH->BKSH", weights.astype(g.dtype), g_rows, preferred_element_type=F32)
+        )
+        dweights = jnp.einsum("BKGTH,BKSH->BKGTS", g_rows, v[:, :, columns], preferred_element_type=F32)
+        dscores = (weights * (dweights - inner[..., rows, :]) * scale).astype(q.dtype)
+        dqs.append(rearrange(jnp.einsum("BKGTS,BKSH->BKGTH", dscores, k[:, :, columns]), "B K G T H -> B T (K G) H"))
+        dk = dk.at[:, :, columns].add(
+            jnp.einsum("BKGTS,BKGTH->BKSH", dscores, q[..., rows, :], preferred_element_type=F32)
+        )
+    dk, dv = (rearrange(x, "B K S H -> B S K H").astype(k.dtype) for x in (dk, dv))
+    return jnp.concatenate(dqs, axis=1), dk, dv, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+# --- cross-entropy ----------------------------------------------------------------------------------------------------
+
+Head = Callable[[Any, Array], Array]
+
+
+def cross_entropy_plain(
+    head: Head,
+    head_params: Any,
+    hidden: Float[Array, "B T D"],
+    labels: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sums over all tokens of the training loss and of the negative log-likelihood, in nats.
+
+    loss = (1 - s) * nll + s * (mean over the vocabulary of -log p) + z * logsumexp^2, with label smoothing s
+    (1512.00567, section 7) and z-loss z (2204.02311, section 5). ``head(head_params, hidden)`` gives float32 logits.
+    A label outside the vocabulary is harmless where its weight is 0. The second sum carries no gradient.
+    """
+    loss, nll, _ = _token_losses(head(head_params, hidden), labels, label_smoothing, z_loss)
+    return (loss * weights).sum(), jax.lax.stop_gradient((nll * weights).sum())
+
+
+def cross_entropy(
+    head: Head,
+    head_params: Any,
+    hidden: Float[Array, "B T D"],
+    labels: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    label_smoothing: float,
+    z_loss: float,
+    chunk: int | None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """``cross_entropy_plain`` by chunks of ``chunk`` positions (None: all at once), gradient made in the forward pass.
+
+    The derivative by the logits is known in closed form, so each chunk's logits are used and dropped: one head product
+    forward, two backward, never recomputed; peak memory is B * chunk * V. Frozen ``head_params`` cost no product, and
+    where no gradient is asked none is made. ``head`` is given flattened tokens (M, D) and must be a function of its
+    arguments alone.
+    """
+    static = (head, label_smoothing, z_loss, chunk)
+    loss, nll = _cross_entropy(static, head_params, hidden, labels, weights)
+    return loss, jax.lax.stop_gradient(nll)
+
+
+def _token_losses(logits, labels, smoothing, z_loss):
+    """Loss, negative log-likelihood and log-sum-exp of each token."""
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    nll = log_sum - jnp.where(_is_label(logits, labels), logits, 0.0).sum(-1)
+    loss = nll if smoothing == 0.0 else (1.0 - smoothing) * nll + smoothing * (log_sum - logits.mean(-1))
+    return loss if z_loss == 0.0 else loss + z_loss * jnp.square(log_sum), nll, log_sum
+
+
+def _is_label(logits, labels):
+    ids = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+    return ids == labels[..., None]
+
+
+def _over_chunks(step: Callable, carry: Any, arrays: list[Array], chunk: int | None) -> tuple[Any, list[Array]]:
+    """``carry, outs = step(carry, tokens)`` over chunks of the T axis, the last perhaps shorter; outs are rejoined.
+
+    The batch axis stays whole, so one that is sharded stays sharded; a step sees the tokens of its chunk flattened.
+    """
+    batch, length = arrays[0].shape[:2]
+    chunk = length if chunk is None else min(chunk, length)
+
+    def flat(carry, piece):
+        carry, outs = step(carry, [rearrange(x, "B T ... -> (B T) ...") for x in piece])
+        return carry, [rearrange(x, "(B T) ... -> B T ...", B=batch) for x in outs]
+
+    whole = length // chunk * chunk
+    pieces = [rearrange(x[:, :whole], "B (C T) ... -> C B T ...", T=chunk) for x in arrays]
+    carry, outs = jax.lax.scan(flat, carry, pieces)
+    outs = [rearrange(x, "C B T ... -> B (C T) ...") for x in outs]
+    if whole < length:
+        carry, rest = flat(carry, [x[:, whole:] for x in arrays])
+        outs = [jnp.concatenate(pair, axis=1) for pair in zip(outs, rest, strict=True)]
+    return carry, outs
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(static, head_params, hidden, labels, weights):
+    head, smoothing, z_loss, chunk = static
+
+    def step(sums, piece):
+        hidden, labels, weights = piece
+        loss, nll, _ = _token_losses(head(head_params, hidden), labels, smoothing, z_loss)
+        return (sums[0] + (loss * weights).sum(), sums[1] + (nll * weights).sum()), []
+
+    zero = jnp.zeros((), F32)
+    return _over_chunks(step, (zero, zero), [hidden, labels, weights], chunk)[0]
+
+
+def _cross_entropy_forward(static, head_params, hidden, labels, weights):
+    head, smoothing, z_loss, chunk = static
+    leaves, tree = jax.tree.flatten(head_params)  # of (value, perturbed), as symbolic_zeros=True hands them over
+    learned = [leaf.perturbed and jnp.issubdtype(leaf.value.dtype, jnp.inexact) for leaf in leaves]
+    values = [leaf.value for leaf in leaves]
+
+    def apply(chosen, hidden):
+        chosen = iter(chosen)
+        merged = [next(chosen) if yes else value for yes, value in zip(learned, values, strict=True)]
+        return head(jax.tree.unflatten(tree, merged), hidden)
+
+    def step(carry, piece):
+        (loss_sum, nll_sum, grads), (hidden, labels, weights) = carry, piece
+        chosen = [value for yes, value in zip(learned, values, strict=True) if yes]
+        logits, pull = jax.vjp(apply, chosen, hidden)
+        loss, nll, log_sum = _token_losses(logits, labels, smoothing, z_loss)
+        slope = jnp.exp(logits - log_sum[..., None])
+        if z_loss != 0.0:
+            slope = slope * (1.0 + 2.0 * z_loss * log_sum[..., None])
+        slope = slope - jnp.where(_is_label(logits, labels), 1.0 - smoothing, 0.0)
+        if smoothing != 0.0:
+            slope = slope - smoothing / logits.shape[-1]
+        dchosen, dhidden = pull(slope * weights[..., None])
+        grads = [total + new.astype(F32) for total, new in zip(grads, dchosen, strict=True)]
+        return (loss_sum + (loss * weights).sum(), nll_sum + (nll * weights).sum(), grads), [dhidden, loss]
+
+    grads = [jnp.zeros(value.shape, F32) for yes, value in zip(learned, values, strict=True) if yes]
+    pieces = [hidden.value, labels.value, weights.value]
+    zero = jnp.zeros((), F32)
+    (loss_sum, nll_sum, grads), (dhidden, loss) = _over_chunks(step, (zero, zero, grads), pieces, chunk)
+    dtypes = [value.dtype for yes, value in zip(learned, values, strict=True) if yes]
+    grads = iter([grad.astype(dtype) for grad, dtype in zip(grads, dtypes, strict=True)])
+    dparams = jax.tree.unflatten(tree, [next(grads) if yes else None for yes in learned])
+    return (loss_sum, nll_sum), (dparams, dhidden, loss)
+
+
+def _cross_entropy_backward(static, saved, g):
+    dparams, dhidden, loss = saved
+    g = jnp.zeros((), F32) if isinstance(g[0], SymbolicZero) else g[0]
+    dparams = jax.tree.map(lambda x: (x * g).astype(x.dtype), dparams)
+    return dparams, (dhidden * g).astype(dhidden.dtype), None, loss * g
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
+
+
+# --- which to use -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the model text calls on one backend: each operation here (True) or its plain twin (False), and sizes.
+
+    Attributes:
+        unroll: compile every layer, or one that is scanned over.
+        attention_chunk: queries a chunk of ``attention``.
+        loss_logits: the most logits ``cross_entropy`` holds at once.
+    """
+
+    unroll: bool
+    matmul: bool
+    embed: bool
+    norm: bool
+    activation: bool
+    attention: bool
+    attention_chunk: int
+    cross_entropy: bool
+    loss_logits: int
+
+    def loss_chunk(self, batch: int, length: int, vocab_size: int) -> int | None:
+        """Positions a chunk of ``cross_entropy``; None where all logits fit at once."""
+        chunk = max(1, self.loss_logits // (batch * vocab_size))
+        return chunk if chunk < length else None
+
+
+def _all(fused: bool, unroll: bool, attention_chunk: int, loss_logits: int) -> Choice:
+    return Choice(unroll, fused, fused, fused, fused, fused, attention_chunk, fused, loss_logits)
+
+
+PLAIN = _all(fused=False, unroll=False, attention_chunk=0, loss_logits=0)
+MEASURED = {"cpu": _all(fused=True, unroll=True, attention_chunk=128, loss_logits=2**25)}
+
+
+def choose(compute: Compute, backend: str) -> Choice:
+    """``compute`` with every ``auto`` settled: what was measured fastest on ``backend``, plain where nothing was."""
+    measured = MEASURED.get(backend, PLAIN)
+    choice = {"auto": measured, "plain": PLAIN, "fused": MEASURED["cpu"]}[compute.kernels]
+    return replace(choice, unroll=measured.unroll if compute.layers == "auto" else compute.layers == "unroll")

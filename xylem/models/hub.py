@@ -1,0 +1,203 @@
+"""Hugging Face folders and GGUF files <-> (config, params).
+
+The families and their tables are in ``families.py``. What a checkpoint asks for and this code does not do is refused,
+never ignored: a model that loads is the model that was saved.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+
+from xylem.errors import CheckpointError, ConfigError
+from xylem.models import build, shards
+from xylem.models.config import Compute, TransformerConfig
+from xylem.models.conversion import Place, Row, flatten, listed, read, rows_for, write
+from xylem.models.families import FAMILIES, Family
+
+DTYPES = ("float32", "bfloat16")
+SHARD_BYTES = 2 << 30
+
+
+def load(
+    folder_or_file: str | os.PathLike, dtype: Any = "float32", place: Place | None = None
+) -> tuple[TransformerConfig, dict]:
+    """A checkpoint's configuration and parameters.
+
+    Memory stays near the size of the tree: each stacked leaf is allocated once and filled from the files a few
+    megabytes at a time; jax on a CPU adopts it without a copy, an accelerator takes it before the next one is made.
+
+    Args:
+        folder_or_file: a Hugging Face folder (``config.json`` and safetensors, whole or sharded) of GPT-2 or LLaMA, or
+            a GGUF file of the LLaMA family.
+        dtype: ``float32`` or ``bfloat16``: of the returned parameters, and of ``config.compute``.
+        place: (path, NumPy value) -> what the tree shall hold; ``jax.device_put`` to the default device unless given.
+
+    Raises:
+        ConfigError: no such checkpoint, one of another kind, a damaged or incomplete one, or a setting that this code
+            does not implement.
+    """
+    path = Path(folder_or_file)
+    name = np.dtype(dtype).name
+    if name not in DTYPES:
+        raise ConfigError("dtype", name, f"it must be one of {DTYPES}", DTYPES)
+    if path.suffix == ".gguf":
+        from xylem.models import gguf
+
+        config, rows, sources = gguf.open_file(path)
+    else:
+        config, rows, sources = _open_folder(path)
+    config = replace(config, compute=Compute(dtype=name, param_dtype=name))
+    place = place or (lambda _, leaf: jax.device_put(leaf))
+    return config, read(str(path), rows, sources, parameter_shapes(config), config.head_dim, place)
+
+
+def save(
+    folder: str | os.PathLike,
+    config: TransformerConfig,
+    params: Mapping[str, Any],
+    tokenizer_file: str | os.PathLike | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder that Hugging Face's ``AutoModelForCausalLM.from_pretrained`` loads to the same function.
+
+    The folder appears whole or not at all. Weights that are not plain arrays are materialized.
+
+    Args:
+        folder: a new or an empty folder.
+        tokenizer_file: a ``tokenizer.json`` to lay beside the weights.
+        shard_bytes: the most that one file holds; beyond it come shards and an index.
+
+    Raises:
+        ConfigError: the folder holds something, Hugging Face has no word for the configuration, or the tree is not the
+            configuration's.
+        CheckpointError: the disk refused.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError("folder", str(folder), "it must not exist yet, or be empty")
+    if tokenizer_file is not None and not Path(tokenizer_file).is_file():
+        raise ConfigError("tokenizer_file", str(tokenizer_file), "there is no such file")
+    model_type, described = describe(config)
+    flat, template = flatten(params), parameter_shapes(config)
+    _check_tree(flat, template)
+    described["torch_dtype"] = np.dtype(flat["embed/embedding"].dtype).name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            draft.chmod(0o755)
+            _write_weights(draft, FAMILIES[model_type], flat, template, shard_bytes)
+            shards.write_json(draft / "config.json", described)
+            if tokenizer_file is not None:
+                shutil.copyfile(tokenizer_file, draft / "tokenizer.json")
+                # Without this transformers rebuilds the tokenizer of the model's family instead of reading the file.
+                shards.write_json(draft / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+            for file in draft.iterdir():
+                file.chmod(0o644)
+                _sync(file)
+            _sync(draft)
+            os.replace(draft, folder)
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} could not be written: {error}") from error
+
+
+def describe(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
+    """Hugging Face's ``model_type`` and ``config.json`` for a configuration.
+
+    Raises:
+        ConfigError: they cannot say what the configuration says; the fields that would be lost are named.
+    """
+    model_type = {"gpt": "gpt2"}.get(config.family, config.family)
+    family = FAMILIES[model_type]
+    described = {"architectures": [family.architecture], "model_type": model_type, **family.from_config(config)}
+    # Ids that begin and end a text are the tokenizer's business; left out, transformers would assume those of its own.
+    described |= {"bos_token_id": None, "eos_token_id": None}
+    try:
+        back = family.to_config(described)
+    except ConfigError as error:
+        raise ConfigError("config", config.family, f"{model_type} has no such network: {error}") from error
+    kept = [field.name for field in fields(config) if field.name not in ("compute", "init")]
+    lost = {name: getattr(config, name) for name in kept if getattr(config, name) != getattr(back, name)}
+    if lost:
+        raise ConfigError("config", lost, f"{model_type} has no such network")
+    return model_type, described
+
+
+def parameter_shapes(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and type of every parameter, without computing one."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return flatten(jax.eval_shape(build(config).init, jax.random.key(0), tokens)["params"])
+
+
+def _open_folder(folder: Path) -> tuple[TransformerConfig, tuple[Row, ...], dict[str, shards.Stored]]:
+    if not folder.is_dir():
+        hint = "there is no such folder or file"
+        if folder.is_file():
+            hint = "a pickle can run code: save it as safetensors first" if folder.suffix in shards.PICKLES else ""
+            hint = hint or "give the folder that holds this file and its config.json"
+        raise ConfigError("checkpoint", str(folder), f"it must be a Hugging Face folder or a .gguf file; {hint}")
+    raw = shards.read_json(folder / "config.json")
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise ConfigError("model_type", model_type, f"supported are {', '.join(FAMILIES)}", FAMILIES)
+    family = FAMILIES[model_type]
+    config = family.to_config(raw)
+    sources = {}
+    for name, tensor in shards.tensors(folder).items():
+        name = name.removeprefix(family.prefix)
+        if family.ignored.fullmatch(name) or (name == "lm_head.weight" and config.head == "tied"):
+            continue
+        if tensor.dtype not in shards.TYPES:
+            known = ", ".join(shards.TYPES)
+            raise ConfigError(name, tensor.dtype, f"in {tensor.file}: types that can be read are {known}", shards.TYPES)
+        sources[name] = tensor
+    return config, family.rows, sources
+
+
+def _check_tree(flat: Mapping[str, Any], template: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    missing, extra = template.keys() - flat.keys(), flat.keys() - template.keys()
+    if missing or extra:
+        problem = f"missing: {listed(missing) or 'none'}; unexpected: {listed(extra) or 'none'}"
+        raise ConfigError("params", f"{len(flat)} leaves", f"they must be those of the configuration; {problem}")
+    for path, leaf in flat.items():
+        if tuple(leaf.shape) != template[path].shape:
+            raise ConfigError(path, tuple(leaf.shape), f"the configuration asks for {template[path].shape}")
+
+
+def _write_weights(
+    folder: Path, family: Family, flat: Mapping[str, Any], template: Mapping[str, Any], shard_bytes: int
+) -> None:
+    """The family's rows, layer by layer, under the names that its language model gives them."""
+    rows = rows_for(family.rows, template)
+    where, plan = {}, []
+    for layer in range(max(template[row.ours[0]].shape[0] for row in rows if row.stacked)):
+        for row in rows:
+            if row.stacked or layer == 0:
+                name = row.theirs.format(layer=layer)
+                name = name if name == "lm_head.weight" else family.prefix + name
+                where[name] = row, layer
+                plan.append((name, math.prod(row.shape(template)) * np.dtype(flat[row.ours[0]].dtype).itemsize))
+    shards.write_folder(folder, plan, lambda name: write(*where[name], flat), shard_bytes)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,156 @@
+"""The layers that own weights. Every parameter of every family is made here, so Flax is met in one file.
+
+Kernels are matrices (in, out); heads are split by the caller. A layer reads what the tree holds under its name, an
+array or a leaf (``leaves.py``), and checks the shape against what the config asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from xylem.models import fused
+from xylem.models.config import TransformerConfig
+from xylem.models.fused import Choice
+from xylem.models.leaves import Leaf
+
+Site = Callable[[str, Array], Array]
+
+
+def einsum(equation: str, x: Array, weight: Array | Leaf, kernels: Choice | None = None) -> Array:
+    """``jnp.einsum(equation, x, weight)`` in the type of ``x``; a weight that is no array does the product itself."""
+    if isinstance(weight, Leaf):
+        return weight.einsum(equation, x)
+    weight = weight.astype(x.dtype)
+    if kernels is not None and kernels.matmul and equation == "...i,io->...o":
+        # Flattened tokens: the gradient of a 3-D product transposes its operands first on XLA:CPU.
+        return fused.matmul(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
+    return jnp.einsum(equation, x, weight)
+
+
+def parameter(module: nn.Module, name: str, std: float | None, shape: tuple[int, ...], dtype: str, fill: float = 0.0):
+    """The module's parameter ``name``: what the tree holds, or a new one (normal of ``std``, else all ``fill``).
+
+    ``Module.param`` alone would refuse a leaf whose parts have other shapes than the weight it stands for.
+    """
+    if module.has_variable("params", name):
+        value = module.get_variable("params", name)
+        if value.shape != shape:
+            path = "/".join((*module.path, name))
+            raise ValueError(f"{path}: the parameters hold shape {value.shape}, the config asks for {shape}")
+        return value
+    init = nn.initializers.constant(fill) if std is None else nn.initializers.normal(std)
+    return module.param(name, init, shape, jnp.dtype(dtype))
+
+
+def add_bias(x: Float[Array, "*B O"], bias: Float[Array, "O"]) -> Float[Array, "*B O"]:
+    """Add a vector along the last axis, in the type of ``x``."""
+    return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
+
+
+class Dense(nn.Module):
+    """``x @ kernel + bias`` over the last axis."""
+
+    features: int
+    std: float
+    config: TransformerConfig
+    kernels: Choice
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        stored = self.config.compute.param_dtype
+        kernel = parameter(self, "kernel", self.std, (x.shape[-1], self.features), stored)
+        y = einsum("...i,io->...o", x, kernel, self.kernels)
+        if self.config.bias == "everywhere" or self.has_variable("params", "bias"):
+            y = add_bias(y, parameter(self, "bias", None, (self.features,), stored))
+        return y
+
+
+class Embed(nn.Module):
+    """Rows of a table, in the compute type."""
+
+    rows: int
+    std: float
+    config: TransformerConfig
+    kernels: Choice
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        compute = self.config.compute
+        table = parameter(self, "embedding", self.std, (self.rows, self.config.d_model), compute.param_dtype)
+        if isinstance(table, Leaf):
+            return table.take(ids).astype(compute.dtype)
+        if self.kernels.embed:
+            return fused.embed(table, ids.reshape(-1)).reshape(*ids.shape, -1).astype(compute.dtype)
+        return jnp.take(table, ids, axis=0).astype(compute.dtype)
+
+
+class Norm(nn.Module):
+    """LayerNorm (1607.06450) or RMSNorm (1910.07467), in float32 whatever the compute type."""
+
+    config: TransformerConfig
+    kernels: Choice
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        shape, stored, eps = (x.shape[-1],), self.config.compute.param_dtype, self.config.norm_eps
+        scale = parameter(self, "scale", None, shape, stored, fill=1.0).astype(jnp.float32)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.config.norm == "rmsnorm":
+            y = (fused.rms_norm if self.kernels.norm else fused.rms_norm_plain)(rows, scale, eps)
+        else:
+            bias = parameter(self, "bias", None, shape, stored).astype(jnp.float32)
+            y = (fused.layer_norm if self.kernels.norm else fused.layer_norm_plain)(rows, scale, bias, eps)
+        return y.reshape(x.shape)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward: ``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (2002.05202)."""
+
+    config: TransformerConfig
+    kernels: Choice
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
+        config, kernels = self.config, self.kernels
+        up = Dense(config.d_ff, config.init.kernel, config, kernels, name="up")(x)
+        flat = lambda y: y.reshape(-1, y.shape[-1])  # noqa: E731
+        if config.gated:
+            gate = Dense(config.d_ff, config.init.kernel, config, kernels, name="gate")(x)
+            act = fused.gated if kernels.activation else fused.gated_plain
+            inner = act(config.activation, flat(gate), flat(up))
+        else:
+            act = fused.activation if kernels.activation else fused.activation_plain
+            inner = act(config.activation, flat(up))
+        inner = site("mlp_inner", inner.reshape(up.shape))
+        return Dense(x.shape[-1], config.init.residual, config, kernels, name="down")(inner)
+
+
+class Adapter(nn.Module):
+    """The optional slot behind a sublayer: ``x + up(gelu(down(x)))`` (Houlsby 1902.00751, section 2.1).
+
+    Present when the tree holds it, of the width the tree says.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        weights: Any = self.variables["params"]
+        inner = add_bias(einsum("...i,io->...o", x, weights["down"]["kernel"]), weights["down"]["bias"])
+        outer = einsum("...i,io->...o", jax.nn.gelu(inner), weights["up"]["kernel"])
+        return x + add_bias(outer, weights["up"]["bias"])
+
+
+def split_heads(x: Float[Array, "B T E"], head_dim: int) -> Float[Array, "B T N H"]:
+    """Cut the last axis into heads of ``head_dim``."""
+    return rearrange(x, "b t (n h) -> b t n h", h=head_dim)
+
+
+def merge_heads(x: Float[Array, "B T N H"]) -> Float[Array, "B T E"]:
+    """Undo ``split_heads``."""
+    return rearrange(x, "b t n h -> b t (n h)")

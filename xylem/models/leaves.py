@@ -1,0 +1,167 @@
+"""A weight is a leaf that knows how to contract.
+
+Wherever the models multiply by a weight they call ``layers.einsum``; when the weight is not an array, it is one of
+these, and does the product itself. So a method that changes weights (low rank, quantized, ...) replaces leaves of the
+parameter tree and no model knows of it. Leaves nest: ``LowRank(base=Quantized(...))`` is QLoRA's layout.
+
+Every leaf is a pytree whose arrays carry the same leading layer axis as the weight they stand for, so that scanning
+over layers slices a leaf as it slices an array.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Int8
+
+
+class Leaf:
+    """What a weight must offer when it is not an array.
+
+    ``shape`` and ``dtype`` are those of the weight it stands for. ``specs`` gives the sharding of its own parts from
+    that of the weight: a leaf of PartitionSpecs of the same type.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight this stands for."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of the weight this stands for."""
+        raise NotImplementedError
+
+    def einsum(self, equation: str, x: Array) -> Array:
+        """``jnp.einsum(equation, x, weight)``, in the type of ``x``."""
+        raise NotImplementedError
+
+    def take(self, ids: Int[Array, "..."]) -> Array:
+        """Rows ``ids`` of the weight: the look-up of an embedding table."""
+        raise NotImplementedError
+
+    def ragged_dot(self, x: Array, group_sizes: Int[Array, "E"]) -> Array:
+        """``jax.lax.ragged_dot(x, weight, group_sizes)``: rows of ``x`` in groups, one matrix a group."""
+        return jax.lax.ragged_dot(x, self.materialize().astype(x.dtype), group_sizes)
+
+    def materialize(self) -> Array:
+        """The weight as one plain array."""
+        raise NotImplementedError
+
+    def specs(self, weight_spec: PartitionSpec) -> Any:
+        """This leaf with a PartitionSpec in place of each array, given the weight's own."""
+        raise NotImplementedError
+
+
+def is_leaf(value: Any) -> bool:
+    """True for what stands for a weight but is no array; the ``is_leaf`` of tree maps over weights."""
+    return isinstance(value, Leaf)
+
+
+def materialize(params: Any) -> Any:
+    """The same tree with every leaf replaced by the plain array it stands for."""
+    return jax.tree.map(lambda w: w.materialize() if is_leaf(w) else w, params, is_leaf=is_leaf)
+
+
+def contract(equation: str, x: Array, weight: Array | Leaf) -> Array:
+    """``einsum(equation, x, weight)`` in the type of ``x``, whatever the weight is made of."""
+    return weight.einsum(equation, x) if isinstance(weight, Leaf) else jnp.einsum(equation, x, weight.astype(x.dtype))
+
+
+def _take(weight: Array | Leaf, ids: Array) -> Array:
+    return weight.take(ids) if isinstance(weight, Leaf) else jnp.take(weight, ids, axis=0)
+
+
+def _pad(spec: PartitionSpec, ndim: int) -> list:
+    """The entries of ``spec`` for an array of ``ndim`` axes: specs are right-aligned here as in sharding.RULES."""
+    return [None] * (ndim - len(spec)) + list(spec)
+
+
+@struct.dataclass
+class LowRank(Leaf):
+    """``base + scale * a @ b`` without ever forming it (LoRA 2106.09685, section 4.1)."""
+
+    base: Any
+    a: Float[Array, "*L I R"] | Any
+    b: Float[Array, "*L R O"] | Any
+    scale: Float[Array, "*L"] | Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.base.dtype
+
+    def einsum(self, equation: str, x: Array) -> Array:
+        inputs, output = equation.split("->")
+        x_axes, weight_axes = inputs.split(",")
+        if len(weight_axes) != 2 or "r" in equation:
+            raise ValueError(f"{equation!r}: a low-rank weight contracts as a matrix of two axes, neither named r")
+        first, second = weight_axes
+        # Whichever of the weight's two axes is contracted, the rank-sized product comes first: it is the cheap one.
+        near, far = (self.a, self.b) if second in output else (self.b.mT, self.a.mT)
+        kept = second if second in output else first
+        gone = first if second in output else second
+        inner = jnp.einsum(f"{x_axes},{gone}r->{x_axes.replace(gone, 'r')}", x, near.astype(x.dtype))
+        outer = jnp.einsum(f"{x_axes.replace(gone, 'r')},r{kept}->{output}", inner, far.astype(x.dtype))
+        return contract(equation, x, self.base) + self.scale.astype(x.dtype) * outer
+
+    def take(self, ids: Int[Array, "..."]) -> Array:
+        rows = jnp.take(self.a, ids, axis=0) @ self.b
+        return _take(self.base, ids) + self.scale * rows
+
+    def materialize(self) -> Array:
+        base = self.base.materialize() if isinstance(self.base, Leaf) else self.base
+        return base + (self.scale[..., None, None] * (self.a @ self.b)).astype(base.dtype)
+
+    def specs(self, weight_spec: PartitionSpec) -> LowRank:
+        *layers, rows, columns = _pad(weight_spec, len(self.shape))
+        base = self.base.specs(weight_spec) if isinstance(self.base, Leaf) else weight_spec
+        return LowRank(
+            base=base,
+            a=PartitionSpec(*layers, rows, None),
+            b=PartitionSpec(*layers, None, columns),
+            scale=PartitionSpec(*layers),
+        )
+
+
+@struct.dataclass
+class Quantized(Leaf):
+    """Symmetric 8-bit integers with one scale an output column (LLM.int8() 2208.07339, section 2.1, absmax)."""
+
+    values: Int8[Array, "*L I O"] | Any
+    scales: Float[Array, "*L 1 O"] | Any
+
+    @classmethod
+    def quantize(cls, weight: Float[Array, "*L I O"]) -> Quantized:
+        """The nearest representable weight; a column of zeros keeps scale 1."""
+        peak = jnp.max(jnp.abs(weight), axis=-2, keepdims=True)
+        scales = jnp.where(peak > 0, peak / 127.0, 1.0)
+        return cls(values=jnp.round(weight / scales).astype(jnp.int8), scales=scales)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.scales.dtype
+
+    def einsum(self, equation: str, x: Array) -> Array:
+        return jnp.einsum(equation, x, self.materialize().astype(x.dtype))
+
+    def take(self, ids: Int[Array, "..."]) -> Array:
+        return jnp.take(self.values, ids, axis=0) * self.scales[0]
+
+    def materialize(self) -> Array:
+        return self.values * self.scales
+
+    def specs(self, weight_spec: PartitionSpec) -> Quantized:
+        *layers, rows, columns = _pad(weight_spec, len(self.shape))
+        return Quantized(values=PartitionSpec(*layers, rows, columns), scales=PartitionSpec(*layers, None, columns))

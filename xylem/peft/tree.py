@@ -1,0 +1,122 @@
+"""The parameter tree as layers, and as what is learned and what is not.
+
+Layers of equal structure are stacked on a leading axis under a *run*: ``layers``, or ``layers_0``, ``layers_1``, ...
+Only this file knows where layer i is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from xylem.models.leaves import is_leaf
+from xylem.models.transformer import run_length, runs
+
+Tree = dict[str, Any]
+_RUN = re.compile(r"(?:.*/)?layers(?:_\d+)?(?=/)")
+
+
+def layer(params: Tree, index: int) -> Tree:
+    """The tree of one layer, without the layer axis."""
+    name, within = _find(params, index)
+    return jax.tree.map(lambda x: x[within], params[name])
+
+
+def set_layer(params: Tree, index: int, new: Tree) -> Tree:
+    """The same tree with layer ``index`` replaced by one of equal structure."""
+    name, within = _find(params, index)
+    if jax.tree.structure(params[name]) != jax.tree.structure(new):
+        raise ValueError(f"layer {index}: the new layer's structure differs from its run's; split the run first")
+    changed = jax.tree.map(lambda stack, one: jnp.asarray(stack).at[within].set(one), params[name], new)
+    return {**params, name: changed}
+
+
+def split(params: Tree, at: int) -> Tree:
+    """Cut the run that holds layer ``at`` before it, so the layers from ``at`` on may take another structure.
+
+    The network computes the same, to the bit. Runs are renamed ``layers_0``, ``layers_1``, ... in order.
+    """
+    name, within = _find(params, at)
+    stacks = []
+    for run in runs(params):
+        if run == name and within > 0:
+            stacks += [jax.tree.map(lambda x: x[:within], params[run]), jax.tree.map(lambda x: x[within:], params[run])]
+        else:
+            stacks.append(params[run])
+    rest = {key: value for key, value in params.items() if key not in runs(params)}
+    names = ["layers"] if len(stacks) == 1 else [f"layers_{i}" for i in range(len(stacks))]
+    return {**rest, **dict(zip(names, stacks, strict=True))}
+
+
+def parts(params: Tree) -> dict[str, Tree]:
+    """The tree cut into its runs, each under its path, and all that has no layer axis under ``""``.
+
+    Every part keeps full paths, so rules that go by path read the same in a part as in the whole.
+    """
+    cut: dict[str, dict] = {"": {}}
+    for name, value in flatten_dict(params, sep="/").items():
+        match = _RUN.match(name)
+        cut.setdefault(match.group(0) if match else "", {})[name] = value
+    return {name: unflatten_dict(flat, sep="/") for name, flat in cut.items()}
+
+
+def join(cut: dict[str, Tree]) -> Tree:
+    """Undo ``parts``."""
+    flat = {}
+    for part in cut.values():
+        flat.update(flatten_dict(part, sep="/"))
+    return unflatten_dict(flat, sep="/")
+
+
+def per_layer(function: Callable) -> Callable:
+    """Lift a function of one layer's tree to parts: mapped over the layer axis of every run, called on the rest.
+
+    So what is written for single matrices (orthogonalisation, factored moments, norms of one matrix) means the same
+    for a stack of them. Takes and returns dictionaries keyed as ``parts`` keys them.
+    """
+
+    def lifted(*cuts: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: (jax.vmap(function) if name else function)(*(cut[name] for cut in cuts)) for name in cuts[0]
+        }
+
+    return lifted
+
+
+def partition(params: Tree, predicate: Callable[[str, Any], bool]) -> tuple[Tree, Tree]:
+    """``(chosen, rest)``: two trees of the same structure, None where the other one holds the weight.
+
+    ``predicate(path, weight)`` chooses, a path reading ``layers/attention/query/kernel``. A leaf that is no array is
+    cut inside: its arrays are chosen one by one, named by their field.
+    """
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    chosen = jax.tree_util.tree_map_with_path(lambda path, x: x if predicate(name(path), x) else None, params)
+    rest = jax.tree_util.tree_map_with_path(lambda path, x: None if predicate(name(path), x) else x, params)
+    return chosen, rest
+
+
+def combine(*trees: Tree) -> Tree:
+    """The tree that ``partition`` cut: at each place the one value that is not None."""
+    pick = lambda *xs: next((x for x in xs if x is not None), None)  # noqa: E731
+    return jax.tree.map(pick, *trees, is_leaf=lambda x: x is None)
+
+
+def count(params: Tree) -> int:
+    """Number of scalars the network's weights stand for; a leaf that is no array counts as its weight."""
+    return sum(math.prod(weight.shape) for weight in jax.tree.leaves(params, is_leaf=is_leaf))
+
+
+def _find(params: Tree, index: int) -> tuple[str, int]:
+    start = 0
+    for name in runs(params):
+        length = run_length(params[name])
+        if start <= index < start + length:
+            return name, index - start
+        start += length
+    raise ValueError(f"layer {index}: the tree holds layers 0 to {start - 1}")

@@ -1,0 +1,122 @@
+"""Sharding as a table: which axis of which parameter lies on which axis of the mesh.
+
+Mesh axes: ``data`` replicates the model and splits the batch; ``fsdp`` splits the batch and the parameters (ZeRO-3
+1910.02054); ``tensor`` splits heads and feed-forward columns (Megatron 1909.08053, section 3). One device is the mesh
+1 x 1 x 1: the same program everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from xylem.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+P = PartitionSpec
+
+# Specs are right-aligned: leading axes (layers, experts) that a spec does not name are not split.
+# Column-parallel kernels (in -> split out) feed row-parallel ones (split in -> out): one all-reduce a sublayer.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r"positions/embedding", P(None, "fsdp")),
+    (r"layers(_\d+)?/attention/(query|key|value)/kernel", P("fsdp", "tensor")),
+    (r"layers(_\d+)?/attention/(query|key|value)/bias", P("tensor")),
+    (r"layers(_\d+)?/attention/output/kernel", P("tensor", "fsdp")),
+    (r"layers(_\d+)?/mlp/(gate|up)/kernel", P("fsdp", "tensor")),
+    (r"layers(_\d+)?/mlp/(gate|up)/bias", P("tensor")),
+    (r"layers(_\d+)?/mlp/down/kernel", P("tensor", "fsdp")),
+    (r"layers(_\d+)?/(attention/output|mlp/down)/bias", P()),
+    (r"layers(_\d+)?/(attention|mlp)_norm/(scale|bias)", P()),
+    (r"layers(_\d+)?/(attention|mlp)_adapter/(down|up)/(kernel|bias)", P()),
+    (r"final_norm/(scale|bias)", P()),
+    (r"head/kernel", P("fsdp", "tensor")),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh ``data x fsdp x tensor`` over ``devices``, or over all; ``data = -1`` takes what the others leave."""
+    available = list(jax.devices() if devices is None else devices)
+    for name, size in (("fsdp", fsdp), ("tensor", tensor), ("data", data)):
+        if size < 1 and not (name == "data" and size == -1):
+            raise ConfigError(f"mesh.{name}", size, "it must be at least 1 (data may be -1: all remaining devices)")
+    if data == -1:
+        if len(available) % (fsdp * tensor):
+            allowed = f"their product must divide the number of devices, {len(available)}"
+            raise ConfigError("mesh.fsdp x mesh.tensor", f"{fsdp} x {tensor}", allowed)
+        data = len(available) // (fsdp * tensor)
+    shape = (data, fsdp, tensor)
+    if math.prod(shape) > len(available):
+        allowed = f"their product must be at most the number of devices, {len(available)}"
+        raise ConfigError("mesh.data x mesh.fsdp x mesh.tensor", " x ".join(map(str, shape)), allowed)
+    used = available[: math.prod(shape)]
+    # create_device_mesh (inside make_mesh) orders devices by the machine's wiring. Auto axes leave the layout of
+    # activations to the compiler; jax.make_mesh alone would make them Explicit.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
+
+
+def path_name(path: Any) -> str:
+    """A tree path as ``layers/attention/query/kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_for(name: str, ndim: int) -> PartitionSpec:
+    """The spec of the parameter at path ``name``; raises ValueError unless exactly one rule matches."""
+    matches = [(rule, spec) for rule, spec in RULES if re.fullmatch(rule, name)]
+    if len(matches) != 1:
+        raise ValueError(f"{name}: {len(matches)} sharding rules match ({[rule for rule, _ in matches]}); one must")
+    spec = matches[0][1]
+    return P(*[None] * (ndim - len(spec)), *spec) if len(spec) else P()
+
+
+def param_specs(params: Any) -> Any:
+    """A PartitionSpec for every array of a parameter tree; a leaf that is no array gives the specs of its parts."""
+    own = lambda weight: hasattr(weight, "specs")  # noqa: E731  (models/leaves.py: a weight that is no array)
+
+    def spec(path, weight):
+        found = spec_for(path_name(path), len(weight.shape))
+        return weight.specs(found) if own(weight) else found
+
+    return jax.tree_util.tree_map_with_path(spec, params, is_leaf=own)
+
+
+def shardings(params: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every array of a parameter tree, after checking that the mesh divides it."""
+    specs = param_specs(params)
+
+    def place(path, weight, spec):
+        for axis, (size, names) in enumerate(zip(weight.shape, spec, strict=False)):
+            if names is not None and size % mesh.shape[names]:
+                allowed = f"it must divide axis {axis} of {path_name(path)}, of size {size}"
+                raise ConfigError(f"mesh.{names}", mesh.shape[names], allowed)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, params, specs)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch lie on ``data`` and ``fsdp`` together."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Pin the layout of an activation, ``"batch"`` standing for the mesh axes that split rows; no mesh, no effect.
+
+    An axis that its mesh axes do not divide (one prompt on many devices) is left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    named = [BATCH if axis == "batch" else () if axis is None else (axis,) for axis in axes]
+    spec = [
+        names if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+        for size, names in zip(x.shape, named, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, P(*spec))

@@ -1,0 +1,1 @@
+"""What trains a network: objectives, optimizers, the step and the loop."""

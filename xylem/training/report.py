@@ -1,0 +1,106 @@
+"""What a run says of itself: at its start, at a validation, and at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from xylem.data.corpora import open_corpus
+from xylem.data.pipeline import Prepared
+from xylem.data.tokenizers import Tokenizer
+from xylem.generation.generator import Generator
+from xylem.generation.sampling import Sampling
+from xylem.models.transformer import CausalLM
+from xylem.peft import tree
+from xylem.training import metrics as measure
+from xylem.training.checkpoint import Restored
+from xylem.training.config import RunConfig
+from xylem.training.objectives import Sums
+from xylem.training.plots import loss_curve
+from xylem.training.run_folder import write_whole
+from xylem.training.state import TrainState
+
+SAMPLE_TOKENS = 80
+
+
+def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, restored: Restored | None) -> list[str]:
+    """Lines that say what is about to be trained, on what, and from where."""
+    model, train = config.model, data.counts["train"]
+    batch_tokens = config.batch_size * config.data.sequence_length
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    lines = [
+        f"{model.family}: {tree.count(state.params):,} parameters, {model.num_layers} layers of width {model.d_model}, "
+        f"{model.vocab_size:,} tokens",
+        f"{config.data.corpus}: {train['tokens']:,} training tokens ({train['bytes'] / train['tokens']:.2f} bytes each); "
+        f"{config.steps:,} steps of {batch_tokens:,} are {config.steps * batch_tokens / train['tokens']:.2f} epochs",
+        f"mesh {sizes} of {mesh.devices.flat[0].device_kind}; run folder {config.run_dir}",
+    ]
+    if restored is not None:
+        lines += [f"passed over {line}" for line in restored.passed_over]
+        lines.append(f"going on from step {restored.step}")
+    return lines
+
+
+def validation(sums: Sequence[Sums], data: Prepared) -> dict[str, float]:
+    """Mean loss (nats a token), perplexity and bits per byte of the validation batches whose sums are given.
+
+    Bytes are counted over the whole split and shared out evenly over its labels, so on the whole split bits per byte
+    are exact. A document's end-of-text is predicted too, and counts as loss without adding a byte.
+    """
+    nll, weight = (math.fsum(float(getattr(each, name)) for each in sums) for name in ("nll", "weight"))
+    split = data.counts["validation"]
+    bytes_read = split["bytes"] * weight / (split["tokens"] - 1)  # the very first token is nobody's label
+    return {
+        "validation_loss": nll / weight,
+        "validation_perplexity": measure.perplexity(nll / weight),
+        "validation_bits_per_byte": nll / math.log(2.0) / bytes_read,
+    }
+
+
+def sample(module: CausalLM, params: Any, tokenizer: Tokenizer, prompt: str) -> str:
+    """The prompt and what the model continues it with, always from the same randomness."""
+    room = module.config.max_length - len(tokenizer.encode(prompt)) - 1
+    sampling = Sampling(max_new_tokens=max(1, min(SAMPLE_TOKENS, room)), temperature=0.8, top_p=0.95)
+    (text,) = Generator(module, params, tokenizer)([prompt], sampling, jax.random.key(0))
+    return f"{prompt}{text}"
+
+
+def compressors(config: RunConfig) -> dict[str, float]:
+    """Bits per byte that bzip2 and xz need for the same validation text."""
+    documents = open_corpus(config.data, report=lambda line: None).splits["validation"]()
+    return measure.reference_bits_per_byte("".join(documents).encode())
+
+
+def closing(
+    config: RunConfig,
+    folder: Path,
+    data: Prepared,
+    module: CausalLM,
+    params: Any,
+    final: dict[str, Any],
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Print and keep the final figures, a sample and the loss curve; returns what ``summary.json`` holds."""
+    references = compressors(config)
+    text = sample(module, params, data.tokenizer, config.sample_prompt)
+    summary = {**final, "compressors_bits_per_byte": references, "sample": text}
+    if jax.process_index() == 0:
+        write_whole(folder / "sample.txt", text + "\n")
+        write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        title = f"{config.model.family}, {tree.count(params):,} parameters, on {config.data.corpus}"
+        loss_curve(folder / "metrics.jsonl", folder / "loss.png", references, title)
+    bars = ", ".join(f"{name} {bits:.3f}" for name, bits in references.items())
+    note(f"sample:\n{text}\n")
+    note(
+        f"validation loss {final['validation_loss']:.4f} nats/token, perplexity {final['validation_perplexity']:.2f}, "
+        f"{final['validation_bits_per_byte']:.3f} bits per byte (the same text: {bars})"
+    )
+    note(f"loss curve {folder / 'loss.png'}, checkpoints {folder / 'checkpoints'}")
+    return summary

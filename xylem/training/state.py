@@ -1,0 +1,109 @@
+"""Everything that changes while training, in one tree, with the sharding of each of its arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, UInt32
+
+from xylem.peft import tree
+from xylem.sharding import path_name, shardings
+
+
+@struct.dataclass
+class TrainState:
+    """Parameters, what their optimizer remembers, and the randomness of the steps to come.
+
+    Attributes:
+        step: optimizer steps taken.
+        trainable, frozen: the parameters, cut by ``peft.tree.partition``; gradients exist for the first alone.
+        optimizer: optax state of the trainable ones.
+        rng: key data; step s draws from ``fold_in(rng, s)``, so a resumed run draws what the unbroken one would.
+        ema: moving average of the trainable ones, or None.
+        nonfinite: steps in a row whose gradients were not finite, and which therefore changed nothing else.
+    """
+
+    step: Int[Array, ""] | Any
+    trainable: Any
+    frozen: Any
+    optimizer: Any
+    rng: UInt32[Array, "..."] | Any
+    ema: Any
+    nonfinite: Int[Array, ""] | Any
+
+    @property
+    def params(self) -> Any:
+        """The whole parameter tree as trained."""
+        return tree.combine(self.trainable, self.frozen)
+
+    @property
+    def averaged(self) -> Any:
+        """The whole parameter tree with the moving average in place of what is trained, where one is kept."""
+        return self.params if self.ema is None else tree.combine(self.ema, self.frozen)
+
+
+def everything(path: str, weight: Any) -> bool:
+    """The predicate of full training."""
+    return True
+
+
+def new_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    ema: float | None = None,
+    trains: Callable[[str, Any], bool] = everything,
+) -> TrainState:
+    """The state before the first step; ``trains(path, weight)`` chooses what is learned."""
+    trainable, frozen = tree.partition(params, trains)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        frozen=frozen,
+        optimizer=optimizer.init(trainable),
+        rng=jax.random.key_data(jax.random.key(seed)),
+        # A copy: the two trees are donated together, and one buffer cannot be given away twice.
+        ema=None if ema is None else jax.tree.map(jnp.copy, trainable),
+        nonfinite=jnp.zeros((), jnp.int32),
+    )
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every array of a state, the optimizer's and the average's derived from their weight's.
+
+    ``state`` may be abstract. An array whose path ends in a parameter's and has its shape lies as that parameter lies;
+    all others (counts, factored moments) are small and replicated.
+    """
+    params = tree.combine(state.trainable, state.frozen)
+    placed = jax.tree_util.tree_leaves_with_path(shardings(params, mesh))
+    shapes = [weight.shape for weight in jax.tree.leaves(params)]
+    known = {path_name(path): (shape, where) for (path, where), shape in zip(placed, shapes, strict=True)}
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(path, array):
+        words = path_name(path).split("/")
+        for start in range(len(words)):
+            shape, where = known.get("/".join(words[start:]), (None, None))
+            if shape == array.shape:
+                return where
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def abstract_state(create: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+    """Shape, type and sharding of every array of the state that ``create`` makes, without making it."""
+    shapes = jax.eval_shape(create)
+    struct_of = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(struct_of, shapes, state_shardings(shapes, mesh))
+
+
+def make_state(create: Callable[[], TrainState], abstract: TrainState) -> TrainState:
+    """The state that ``create`` makes, born sharded: no device ever holds more than its part."""
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
