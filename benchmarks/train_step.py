@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import statistics
@@ -28,15 +27,8 @@ from pathlib import Path
 
 import peers
 
-HERE = Path(__file__).resolve().parent
-# glibc keeps big buffers instead of returning them to the kernel: XLA:CPU allocates every temporary anew.
-ALLOCATOR = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-    "MALLOC_ARENA_MAX": "1",
-}
+from xylem.launch import ALLOCATOR
+
 TOLERANCE = 1e-3  # relative, between the losses of two sides at the same step
 
 
@@ -109,26 +101,32 @@ def our_step(workload: Workload, variant: str) -> tuple[Callable[[int], float], 
 
     import jax
     import jax.numpy as jnp
+
     from xylem.models import build, hub
     from xylem.sharding import make_mesh
     from xylem.training.config import ObjectiveConfig, OptimizerConfig
     from xylem.training.objectives import causal_lm
     from xylem.training.optimizers import make_optimizer
-    from xylem.training.state import init_state
+    from xylem.training.state import abstract_state, make_state, new_state
     from xylem.training.step import train_step
 
     config = our_config(workload, variant)
     module, mesh = build(config), make_mesh(devices=jax.devices()[:1])
-    optimizer = make_optimizer(
-        OptimizerConfig(schedule="constant", warmup_steps=0, clip_norm=None, final_fraction=1.0, **peers.ADAMW), steps=10**6
+    constant = {"schedule": "constant", "warmup_steps": 0, "clip_norm": None}
+    optimizer = make_optimizer(OptimizerConfig(**constant, **peers.ADAMW), steps=10**6)
+
+    def create():
+        params = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        return new_state(params, optimizer, seed=0)
+
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(create, mesh)
+        state = make_state(create, abstract)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    loss = partial(causal_lm, module, ObjectiveConfig())
+    advance = jax.jit(
+        partial(train_step, loss=loss, optimizer=optimizer), donate_argnums=0, out_shardings=(where, None)
     )
-    state = init_state(module, optimizer, mesh, seed=0)
-    objective = ObjectiveConfig()
-
-    def loss(params, batch, rng):
-        return causal_lm(module, params, batch, objective, rng)
-
-    advance = jax.jit(partial(train_step, loss=loss, optimizer=optimizer), donate_argnums=0)
     weights = jnp.ones((workload.batch, workload.length))
     data = [
         {"tokens": jnp.asarray(tokens, jnp.int32), "labels": jnp.asarray(labels, jnp.int32), "weights": weights}
@@ -184,8 +182,7 @@ class Side:
         threads = {f"{x}_NUM_THREADS": str(args.threads) for x in ("OMP", "MKL", "OPENBLAS")}
         # XLA sizes its pool by the CPUs this process may run on; the others obey the variables.
         cpus = sorted(os.sched_getaffinity(0))[: args.threads]
-        env = {**os.environ, **ALLOCATOR, **threads, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
-        env["JAX_PLATFORMS"] = "cpu"
+        env = {**os.environ, **ALLOCATOR, **threads, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             ["taskset", "-c", ",".join(map(str, cpus)), *command],
             stdin=subprocess.PIPE,
@@ -260,7 +257,9 @@ def report(args: argparse.Namespace, rounds: dict[str, list[dict]]) -> dict:
     probe = rounds.pop("probe")
     peak, low, high = spread([2 * steps * peers.PROBE**3 / r["seconds"] / 1e9 for r in probe[1:]])
     print(f"\n{args.config}: {asdict(workload)}")
-    print(f"useful FLOPs a token: {workload.flops / 1e6:.1f} M; {workload.tokens} tokens a step; threads: {args.threads}")
+    print(
+        f"useful FLOPs a token: {workload.flops / 1e6:.1f} M; {workload.tokens} tokens a step; threads: {args.threads}"
+    )
     print(f"matrix-product peak in this run: {peak:.0f} ({low:.0f}-{high:.0f}) GFLOP/s\n")
     row = "{:<18} {:>22} {:>8} {:>8} {:>9} {:>8} {:>9}".format
     print(row("side", "tokens/s (min-max)", "GFLOP/s", "of peak", "CPU s/st", "RSS GB", "start s"))
@@ -307,7 +306,9 @@ def compare(figures: dict[str, dict], rounds: dict[str, list[dict]]) -> dict:
     apart = [(max(losses) - min(losses)) / abs(losses[0]) for losses in steps]
     result["loss_difference"] = {"first": apart[0], "greatest": max(apart)}
     result["losses_agree"] = apart[0] <= TOLERANCE and steps[-1][0] < steps[0][0]
-    print(f"losses {steps[0][0]:.4f} -> {steps[-1][0]:.4f}; sides differ by {apart[0]:.1e} at first, {max(apart):.1e} at most")
+    print(
+        f"losses {steps[0][0]:.4f} -> {steps[-1][0]:.4f}; sides differ by {apart[0]:.1e} at first, {max(apart):.1e} at most"
+    )
     return result
 
 
@@ -321,7 +322,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps-per-round", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=3, help="steps before the counted rounds")
-    parser.add_argument("--pause", type=float, default=0.5, help="seconds between two turns, for spinning threads to rest")
+    parser.add_argument(
+        "--pause", type=float, default=0.5, help="seconds between two turns, for spinning threads to rest"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write everything measured here, as JSON")
     for hidden in ("--worker", "--weights", "--export"):

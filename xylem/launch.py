@@ -24,7 +24,7 @@ _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/
 def on_cpu() -> bool:
     """Whether jax will compute on the CPU, told without importing it."""
     wanted = os.environ.get("JAX_PLATFORMS", "")
-    return wanted == "cpu" or not wanted and not any(glob.glob(pattern) for pattern in _ACCELERATORS)
+    return wanted == "cpu" or (not wanted and not any(glob.glob(pattern) for pattern in _ACCELERATORS))
 
 
 def settle_on_cpu() -> None:

@@ -214,6 +214,7 @@ def refused(file: Path, match: str) -> None:
         ({"block_count": 3}, r"lacks blk\.2\.attn_k\.weight"),
         ({"block_count": 1}, r"no place for blk\.1\.attn_k\.weight"),
         ({"rope__scaling__type": "yarn"}, "llama.rope.scaling.type: 'yarn'"),
+        ({"rope__scaling__factor": 2}, "llama.rope.scaling.factor: 2"),
         ({"expert_count": 8}, "llama.expert_count: 8"),
         ({"rope__dimension_count": 4}, "llama.rope.dimension_count: 4"),
         ({"attention__head_count_kv": [2, 3]}, r"llama.attention.head_count_kv: \[2, 3\]"),

@@ -119,7 +119,7 @@ def test_initial_weights_have_the_spread_of_the_table():
 
 
 def test_low_rank_leaf_equals_its_matrix_everywhere(case):
-    config, module, params, tokens = case
+    _, module, params, tokens = case
 
     def graft(path, weight):
         if not path.endswith(("kernel", "embedding")):
@@ -139,7 +139,7 @@ def test_low_rank_leaf_equals_its_matrix_everywhere(case):
 
 
 def test_int8_leaf_equals_its_matrix_and_nests_under_low_rank(case):
-    config, module, params, tokens = case
+    _, module, params, tokens = case
     kernel = params["layers"]["mlp"]["up"]["kernel"]
     quantized = Quantized.quantize(kernel)
     assert quantized.values.dtype == jnp.int8
@@ -155,7 +155,7 @@ def test_int8_leaf_equals_its_matrix_and_nests_under_low_rank(case):
 
 
 def test_gradients_reach_only_what_partition_chose(case):
-    config, module, params, tokens = case
+    _, module, params, tokens = case
     trainable, frozen = tree.partition(params, lambda path, _: path.endswith("mlp/down/kernel"))
     loss = lambda chosen: logits(module, tree.combine(chosen, frozen), tokens).mean()  # noqa: E731
     grads = jax.grad(loss)(trainable)
@@ -202,7 +202,9 @@ def test_scan_unroll_and_remat_agree_with_dropout(case, layers, remat):
 
     plain = slopes(Compute(layers="scan", kernels="plain"))
     other = slopes(Compute(layers=layers, remat=remat))
-    jax.tree.map(lambda a, b: close(a, b, 1e-4), other, plain)
+    # Of the largest gradient of all: a key's bias shifts every score alike, so its own gradient is rounding noise.
+    largest = max(float(jnp.abs(slope).max()) for slope in jax.tree.leaves(plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest), other, plain)
 
 
 def test_dropout_is_the_same_in_two_runs_and_differs_by_layer(case):
@@ -216,7 +218,7 @@ def test_dropout_is_the_same_in_two_runs_and_differs_by_layer(case):
 
 
 def test_set_layer_replaces_one_layer_and_refuses_another_structure(case):
-    config, module, params, tokens = case
+    config, _, params, _ = case
     new = jax.tree.map(lambda x: x * 0.5, tree.layer(params, 1))
     changed = tree.set_layer(params, 1, new)
     for index in range(config.num_layers):
@@ -283,7 +285,7 @@ def test_intervention_is_differentiable(case):
 
 
 def test_head_is_apart_and_equals_the_logits(case):
-    config, module, params, tokens = case
+    _, module, params, tokens = case
     out = apply(module, params, tokens)
     assert bool((module.head(params, out.hidden) == out.logits).all())
     assert bool((module.head(module.head_params(params), out.hidden[:, -1]) == out.logits[:, -1]).all())
@@ -340,7 +342,7 @@ def test_cache_is_carried_not_copied_through_the_layers(case):
 
 
 def test_packed_documents_read_as_if_alone(case):
-    config, module, params, tokens = case
+    _, module, params, tokens = case
     segments = jnp.array([[1] * 5 + [2] * 6 + [0] * 2, [1] * 13, [1] * 2 + [2] * 2 + [3] * 9])
     packed = logits(module, params, tokens, segments=segments)
     for row in range(B):
@@ -361,7 +363,7 @@ def test_editing_a_token_leaves_earlier_outputs_alone(case):
 
 
 def test_given_embeddings_replace_the_look_up(case):
-    config, module, params, tokens = case
+    _, module, params, tokens = case
     rows = params["embed"]["embedding"][tokens]
     close(logits(module, params, jnp.zeros_like(tokens), embeddings=rows), logits(module, params, tokens))
 
@@ -392,7 +394,7 @@ def test_calls_that_cannot_mean_anything_say_so(case, arguments, message):
 
 
 def test_a_weight_of_another_shape_is_named(case):
-    config, module, params, tokens = case
+    _, module, params, tokens = case
     wrong = {**params, "embed": {"embedding": params["embed"]["embedding"][:, :-1]}}
     with pytest.raises(ValueError, match="embed/embedding: the parameters hold shape"):
         apply(module, wrong, tokens)

@@ -191,7 +191,8 @@ def byte_level() -> Tokenizer:
     """256 bytes, whose ids are their values, and end-of-text (id 256)."""
     vocabulary = {character: value for value, character in enumerate(byte_alphabet())}
     model = {"type": "BPE", "vocab": vocabulary, "merges": []}
-    return Tokenizer(describe(model, BYTE_LEVEL, {"type": "ByteLevel"}, {END_OF_TEXT: 256}), name="bytes")
+    description = describe(model, BYTE_LEVEL, {"type": "ByteLevel"}, {END_OF_TEXT: 256})
+    return Tokenizer(description, begin_of_text=END_OF_TEXT, name="bytes")
 
 
 def characters(texts: Iterable[str]) -> Tokenizer:
@@ -199,7 +200,8 @@ def characters(texts: Iterable[str]) -> Tokenizer:
     alphabet = sorted(set().union(*map(set, texts)))
     model = {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(alphabet)}, "unk_token": "<|unknown|>"}
     special = {END_OF_TEXT: len(alphabet)}
-    return Tokenizer(describe(model, _EVERY_CHARACTER, {"type": "Fuse"}, special), name="characters")
+    description = describe(model, _EVERY_CHARACTER, {"type": "Fuse"}, special)
+    return Tokenizer(description, begin_of_text=END_OF_TEXT, name="characters")
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
@@ -217,7 +219,7 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
         show_progress=False,
     )
     pipeline.train_from_iterator(chain.from_iterable(map(cut, texts)), trainer)
-    return Tokenizer(json.loads(pipeline.to_str()), name=f"bpe:{size}")
+    return Tokenizer(json.loads(pipeline.to_str()), begin_of_text=END_OF_TEXT, name=f"bpe:{size}")
 
 
 def load(path: str | Path) -> Tokenizer:

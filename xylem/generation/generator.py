@@ -23,10 +23,18 @@ class Generator:
     tokenizer: Tokenizer
 
     def __call__(self, texts: Sequence[str], sampling: Sampling, key: PRNGKeyArray | None = None) -> list[str]:
-        """The continuation of each text. The tokenizer's end of text always stops one; ``key`` defaults to seed 0."""
-        end = self.tokenizer.end_of_text
-        if end is not None and end not in sampling.stop:
-            sampling = replace(sampling, stop=(*sampling.stop, end))
-        prompts = [list(self.tokenizer.encode(text)) for text in texts]
+        """The continuation of each text. The tokenizer's stop tokens always end one; ``key`` defaults to seed 0."""
+        first = [] if self.tokenizer.begin_of_text is None else [self.tokenizer.begin_of_text]
+        return self._continue([[*first, *self.tokenizer.encode(text).tolist()] for text in texts], sampling, key)
+
+    def chat(self, questions: Sequence[str], sampling: Sampling, key: PRNGKeyArray | None = None) -> list[str]:
+        """The answer to each question, asked as one user message through the tokenizer's chat template."""
+        rendered = [self.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in questions]
+        ids = [self.tokenizer.encode(text, parse_special=True).tolist() for text in rendered]
+        return self._continue(ids, sampling, key)
+
+    def _continue(self, prompts: list[list[int]], sampling: Sampling, key: PRNGKeyArray | None) -> list[str]:
+        stop = tuple(dict.fromkeys((*sampling.stop, *self.tokenizer.stop)))
         key = jax.random.key(0) if key is None else key
-        return [self.tokenizer.decode(ids) for ids in generate(self.module, self.params, prompts, sampling, key).tokens]
+        completions = generate(self.module, self.params, prompts, replace(sampling, stop=stop), key)
+        return [self.tokenizer.decode(ids) for ids in completions.tokens]

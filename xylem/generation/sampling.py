@@ -98,7 +98,7 @@ def _loop(
 ) -> tuple[Int[Array, "B U"], Int[Array, "B"]]:
     """Read the prompts, then write until every row has stopped; returns tokens and how many of each row count."""
     batch = prompts.shape[0]
-    out = module.apply({"params": params}, prompts, cache=KVCache.init(module.config, batch, capacity))
+    out: Any = module.apply({"params": params}, prompts, cache=KVCache.init(module.config, batch, capacity))
     last = out.hidden[jnp.arange(batch), lengths - 1]  # the head sees one position a row, not the whole prompt
     stop = jnp.array(sampling.stop, jnp.int32)
 
@@ -111,7 +111,7 @@ def _loop(
         token = draw(module.head(params, hidden), sampling, jax.random.fold_in(key, step))
         stopped = stopped | (token[:, None] == stop[None, :]).any(-1)
         tokens = tokens.at[:, step].set(token)
-        out = module.apply({"params": params}, token[:, None], cache=cache)
+        out: Any = module.apply({"params": params}, token[:, None], cache=cache)
         return step + 1, out.hidden[:, 0], out.cache, tokens, stopped, counts + ~stopped
 
     nothing = jnp.zeros((batch, budget), jnp.int32), jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)

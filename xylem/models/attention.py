@@ -33,7 +33,7 @@ def attend(
     head n reads key/value head ``n // (N/K)`` (GQA 2305.13245). A query that may see nothing gets zeros. ``dropout``
     drops attention weights; it needs ``rng``.
     """
-    batch, queries, heads, head_dim = query.shape
+    queries, heads, head_dim = query.shape[1:]
     groups = heads // key.shape[2]
     query = rearrange(query, "b t (k g) h -> b k g t h", g=groups)
     scores = jnp.einsum("bkgth,bskh->bkgts", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5

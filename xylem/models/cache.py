@@ -18,8 +18,7 @@ from jaxtyping import Array, Float, Int
 from xylem.models.config import TransformerConfig
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of every layer in one array each; ``lengths[b]`` tokens of row b are valid."""
 
     key: Float[Array, "L B S K H"] | Any

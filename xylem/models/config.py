@@ -32,7 +32,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ConfigError(kind.__name__, unknown[0], f"its fields are {', '.join(hints)}", hints)
 
     def build(name: str, value: Any) -> Any:
-        nested = [each for each in (hints[name], *get_args(hints[name])) if is_dataclass(each)]
+        nested: list[Any] = [each for each in (hints[name], *get_args(hints[name])) if is_dataclass(each)]
         return from_dict(nested[0], value) if nested and isinstance(value, Mapping) else value
 
     return kind(**{name: build(name, value) for name, value in values.items()})

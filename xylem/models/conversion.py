@@ -158,6 +158,8 @@ def _check(
     wanted = {}
     for row in rows:
         layers = template[row.ours[0]].shape[0]
+        if row.stacked and layers > len(sources):
+            raise ConfigError("num_layers", layers, f"{origin} holds {len(sources)} tensors in all")
         wanted.update({name: (row, row.shape(template)) for name in row.names(layers)})
     uncovered = template.keys() - {path for row in rows for path in row.ours}
     if uncovered:

@@ -16,6 +16,7 @@ from xylem.models.config import RopeScaling, TransformerConfig
 from xylem.models.conversion import Row
 
 REQUIRED = object()
+FLOAT32_MAX = 3.4028235e38
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,16 @@ def value(raw: Mapping[str, Any], key: str, kind: type, default: Any = REQUIRED)
     kinds = (int, float) if kind is float else kind
     if not isinstance(found, kinds) or (isinstance(found, bool) and kind is not bool):
         raise ConfigError(key, found, f"it must be of type {kind.__name__}")
+    if kind is float and not abs(found) < FLOAT32_MAX:  # NaN and infinity too: Python's JSON reads them
+        raise ConfigError(key, found, "it must be a finite float32")
     return kind(found)
 
 
 def size(raw: Mapping[str, Any], key: str, default: Any = REQUIRED) -> int:
-    """A count of at least 1."""
+    """A count from 1 to what an int32 holds."""
     found = value(raw, key, int, default)
-    if found < 1:
-        raise ConfigError(key, found, "it must be at least 1")
+    if not 1 <= found < 2**31:
+        raise ConfigError(key, found, "it must lie between 1 and 2^31 - 1")
     return found
 
 

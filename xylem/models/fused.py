@@ -27,6 +27,9 @@ from xylem.models.config import Compute
 from xylem.models.masks import Mask
 
 F32 = jnp.float32
+# Where layers are unrolled, forward and backward are one program, and XLA would merge what the backward pass recomputes
+# from the inputs with what the forward pass had: written out once, read twice. This makes it recompute.
+fresh = jax.lax.optimization_barrier
 
 
 # --- matrix product ---------------------------------------------------------------------------------------------------
@@ -101,35 +104,6 @@ def layer_norm_plain(
     return (normal * scale.astype(F32)[None] + bias.astype(F32)[None]).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(
-    x: Float[Array, "M D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
-) -> Float[Array, "M D"]:
-    """``layer_norm_plain``, keeping ``x`` and two numbers a row."""
-    return layer_norm_plain(x, scale, bias, eps)
-
-
-def _layer_norm_forward(x, scale, bias, eps):
-    wide = x.astype(F32)
-    mean = wide.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
-    normal = (wide - mean) * inverse
-    out = (normal * scale.astype(F32)[None] + bias.astype(F32)[None]).astype(x.dtype)
-    return out, (x, scale, bias, mean, inverse)
-
-
-def _layer_norm_backward(eps, saved, g):
-    x, scale, bias, mean, inverse = saved
-    normal, wide = (x.astype(F32) - mean) * inverse, g.astype(F32)
-    inner = wide * scale.astype(F32)[None]
-    along = (inner * normal).mean(-1, keepdims=True)
-    dx = inverse * (inner - inner.mean(-1, keepdims=True) - normal * along)
-    return dx.astype(x.dtype), (wide * normal).sum(0).astype(scale.dtype), wide.sum(0).astype(bias.dtype)
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
-
-
 def rms_norm_plain(x: Float[Array, "M D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "M D"]:
     """RMSNorm (1910.07467, section 4) over the last axis: statistics in float32, output in ``x.dtype``."""
     wide = x.astype(F32)
@@ -137,27 +111,46 @@ def rms_norm_plain(x: Float[Array, "M D"], scale: Float[Array, "D"], eps: float)
     return (normal * scale.astype(F32)[None]).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def layer_norm(
+    x: Float[Array, "M D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+) -> Float[Array, "M D"]:
+    """``layer_norm_plain``, keeping ``x`` and two numbers a row."""
+    return _norm(eps, x, scale, bias)
+
+
 def rms_norm(x: Float[Array, "M D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "M D"]:
     """``rms_norm_plain``, keeping ``x`` and one number a row."""
-    return rms_norm_plain(x, scale, eps)
+    return _norm(eps, x, scale, None)
 
 
-def _rms_norm_forward(x, scale, eps):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _norm(eps, x, scale, bias):
+    return _norm_forward(eps, x, scale, bias)[0]
+
+
+def _norm_forward(eps, x, scale, bias):
+    """With a bias LayerNorm, without one RMSNorm, which takes the mean for 0."""
     wide = x.astype(F32)
-    inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
-    return (wide * inverse * scale.astype(F32)[None]).astype(x.dtype), (x, scale, inverse)
+    mean = None if bias is None else wide.mean(-1, keepdims=True)
+    centred = wide if mean is None else wide - mean
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    out = centred * inverse * scale.astype(F32)[None]
+    out = out if bias is None else out + bias.astype(F32)[None]
+    return out.astype(x.dtype), (x, scale, bias, mean, inverse)
 
 
-def _rms_norm_backward(eps, saved, g):
-    x, scale, inverse = saved
-    normal, wide = x.astype(F32) * inverse, g.astype(F32)
-    inner = wide * scale.astype(F32)[None]
-    dx = inverse * (inner - normal * (inner * normal).mean(-1, keepdims=True))
-    return dx.astype(x.dtype), (wide * normal).sum(0).astype(scale.dtype)
+def _norm_backward(eps, saved, g):
+    x, scale, bias, mean, inverse = fresh(saved)
+    wide, g = x.astype(F32), g.astype(F32)
+    normal = (wide if mean is None else wide - mean) * inverse
+    inner = g * scale.astype(F32)[None]
+    dx = inner - normal * (inner * normal).mean(-1, keepdims=True)
+    dx = dx if mean is None else dx - inner.mean(-1, keepdims=True)
+    dbias = None if bias is None else g.sum(0).astype(bias.dtype)
+    return (inverse * dx).astype(x.dtype), (g * normal).sum(0).astype(scale.dtype), dbias
 
 
-rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+_norm.defvjp(_norm_forward, _norm_backward)
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -211,6 +204,7 @@ def _activation_forward(name, x):
 
 
 def _activation_backward(name, x, g):
+    x = fresh(x)
     return ((g.astype(F32) * ACTIVATIONS[name][1](x.astype(F32))[1]).astype(x.dtype),)
 
 
@@ -233,10 +227,9 @@ def _gated_forward(name, gate, up):
 
 
 def _gated_backward(name, saved, g):
-    gate, up = saved
-    value, slope = ACTIVATIONS[GATES[name]][1](gate.astype(F32))
-    wide = g.astype(F32)
-    return (wide * up.astype(F32) * slope).astype(gate.dtype), (wide * value).astype(up.dtype)
+    (gate, up), again, g = fresh(saved), fresh(saved[0]), g.astype(F32)
+    slope, value = ACTIVATIONS[GATES[name]][1](gate.astype(F32))[1], ACTIVATIONS[GATES[name]][1](again.astype(F32))[0]
+    return (g * up.astype(F32) * slope).astype(gate.dtype), (g * value).astype(up.dtype)
 
 
 gated.defvjp(_gated_forward, _gated_backward)
@@ -276,14 +269,19 @@ def attention(
     """``attention_plain`` by chunks of queries, each against the keys it can see.
 
     As in FlashAttention (2205.14135, section 3.1, appendix B.4) one log-sum-exp a row is kept and the backward pass
-    recomputes the weights; peak memory is B * N * chunk * S, not B * N * T * S.
+    recomputes the weights: nothing of size T x S lives between the two. ``chunk`` grows where it would give more than
+    ``MAX_BLOCKS`` blocks, each of which is compiled.
     """
+    chunk = max(chunk, -(-query.shape[1] // MAX_BLOCKS))
     blocks = tuple(_blocks(mask, query.shape[1], key.shape[1], chunk))
     return _attention(scale, blocks, query, key, value, mask)
 
 
+MAX_BLOCKS = 16
+
+
 def _blocks(mask: Mask, queries: int, keys: int, chunk: int):
-    """Pairs of slices (queries, keys to look at), decided from what is static in the mask."""
+    """Pairs of (start, stop), of queries and of the keys they may see, by what is static in the mask."""
     in_order = mask.causal and mask.offset is None and mask.prefix is None
     for start in range(0, queries, chunk):
         stop, first, last = min(start + chunk, queries), 0, keys
@@ -294,11 +292,9 @@ def _blocks(mask: Mask, queries: int, keys: int, chunk: int):
         yield (start, stop), (first, last)
 
 
-def _scores(scale, block, query, key, mask: Mask):
-    """Masked float32 scores of one block; ``query`` is (B, K, G, T, H), ``key`` (B, K, S, H)."""
-    rows, columns = slice(*block[0]), slice(*block[1])
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", query[..., rows, :], key[:, :, columns], preferred_element_type=F32)
-    scores = scores * scale
+def _scores(scale, rows, columns, q, kt, mask: Mask):
+    """Masked float32 scores of one block."""
+    scores = jnp.einsum("BKGTH,BKHS->BKGTS", q[..., rows, :], kt[..., columns], preferred_element_type=F32) * scale
     if mask.causal or mask.window is not None or mask.query_segments is not None:
         scores = jnp.where(mask.block(rows, columns)[:, None, None], scores, -jnp.inf)
     return scores
@@ -309,45 +305,50 @@ def _attention(scale, blocks, query, key, value, mask):
     return _attention_forward(scale, blocks, query, key, value, mask)[0]
 
 
+# Every product below is laid out (rows, inner) x (inner, columns), so that XLA:CPU transposes (T, H) operands and never
+# a T x S one: kt is key as (B, K, H, S), and the gradients of key and value are made in that layout.
+
+
 def _attention_forward(scale, blocks, query, key, value, mask):
     q = rearrange(query, "B T (K G) H -> B K G T H", K=key.shape[2])
-    k, v = (rearrange(x, "B S K H -> B K S H") for x in (key, value))
+    kt, v = rearrange(key, "B S K H -> B K H S"), rearrange(value, "B S K H -> B K S H")
     outs, sums = [], []
     for block in blocks:
-        scores = _scores(scale, block, q, k, mask)
+        rows, columns = slice(*block[0]), slice(*block[1])
+        scores = _scores(scale, rows, columns, q, kt, mask)
         peak = scores.max(-1, keepdims=True)
         peak = jnp.where(peak == -jnp.inf, 0.0, peak)  # a row that sees nothing: every weight below is exp(-inf) = 0
         weights = jnp.exp(scores - peak)
         total = weights.sum(-1, keepdims=True)
         total = jnp.where(total == 0.0, 1.0, total)
-        out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v[:, :, slice(*block[1])])
-        outs.append(rearrange(out / total.astype(out.dtype), "B K G T H -> B T (K G) H"))
+        out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v[..., columns, :]) / total.astype(v.dtype)
+        outs.append(rearrange(out, "B K G T H -> B T (K G) H"))
         sums.append(peak + jnp.log(total))
     out = jnp.concatenate(outs, axis=1)
-    return out, (q, k, v, out, jnp.concatenate(sums, axis=3), mask)
+    return out, (q, kt, v.swapaxes(2, 3), out, jnp.concatenate(sums, axis=3), mask)
 
 
 def _attention_backward(scale, blocks, saved, g):
-    q, k, v, out, log_sums, mask = saved
-    split = partial(rearrange, pattern="B T (K G) H -> B K G T H", K=k.shape[1])
+    q, kt, vt, out, log_sums, mask = saved
+    split = partial(rearrange, pattern="B T (K G) H -> B K G T H", K=kt.shape[1])
     # Row sums of weights * d(weights), from the output instead (2205.14135, appendix B.4, equation 4).
     inner = split((g.astype(F32) * out.astype(F32)).sum(-1, keepdims=True))
-    g = split(g)
-    dqs, dk, dv = [], jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)
+    g, k = split(g), kt.swapaxes(2, 3)
+    dqs, dkt, dvt = [], jnp.zeros(kt.shape, F32), jnp.zeros(vt.shape, F32)
     for block in blocks:
         rows, columns = slice(*block[0]), slice(*block[1])
-        weights = jnp.exp(_scores(scale, block, q, k, mask) - log_sums[..., rows, :])
-        g_rows = g[..., rows, :]
-        dv = dv.at[:, :, columns].add(
-            jnp.einsum("BKGTS,BKGTH->BKSH", weights.astype(g.dtype), g_rows, preferred_element_type=F32)
-        )
-        dweights = jnp.einsum("BKGTH,BKSH->BKGTS", g_rows, v[:, :, columns], preferred_element_type=F32)
+        q_rows, g_rows = q[..., rows, :], g[..., rows, :]
+        weights = jnp.exp(_scores(scale, rows, columns, q, kt, mask) - log_sums[..., rows, :])
+        dweights = jnp.einsum("BKGTH,BKHS->BKGTS", g_rows, vt[..., columns], preferred_element_type=F32)
         dscores = (weights * (dweights - inner[..., rows, :]) * scale).astype(q.dtype)
-        dqs.append(rearrange(jnp.einsum("BKGTS,BKSH->BKGTH", dscores, k[:, :, columns]), "B K G T H -> B T (K G) H"))
-        dk = dk.at[:, :, columns].add(
-            jnp.einsum("BKGTS,BKGTH->BKSH", dscores, q[..., rows, :], preferred_element_type=F32)
-        )
-    dk, dv = (rearrange(x, "B K S H -> B S K H").astype(k.dtype) for x in (dk, dv))
+        dq = jnp.einsum("BKGTS,BKSH->BKGTH", dscores, k[..., columns, :])
+        dqs.append(rearrange(dq, "B K G T H -> B T (K G) H"))
+        weights = weights.astype(g.dtype)
+        add = jnp.einsum("BKGTH,BKGTS->BKHS", g_rows, weights, preferred_element_type=F32)
+        dvt = dvt.at[..., columns].add(add)
+        add = jnp.einsum("BKGTH,BKGTS->BKHS", q_rows, dscores, preferred_element_type=F32)
+        dkt = dkt.at[..., columns].add(add)
+    dk, dv = (rearrange(x, "B K H S -> B S K H").astype(kt.dtype) for x in (dkt, dvt))
     return jnp.concatenate(dqs, axis=1), dk, dv, None
 
 

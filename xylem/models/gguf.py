@@ -1,19 +1,16 @@
 """GGUF files of the LLaMA family (llama.cpp), quantized or not, read into our trees.
 
-Format: ggml-org/ggml, docs/gguf.md; names and metadata: ggml-org/llama.cpp, gguf-py/gguf/constants.py. The rows of each
-query and key head are stored in the order of Meta's rotary pairs (convert_hf_to_gguf.py, ``permute``), which the table
-undoes. Quantized tensors become floats a few rows at a time.
+Names and metadata: ggml-org/llama.cpp, gguf-py/gguf/constants.py. The rows of each query and key head are stored in the
+order of Meta's rotary pairs (convert_hf_to_gguf.py, ``permute``), which the table undoes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 from xylem.errors import ConfigError
@@ -21,6 +18,7 @@ from xylem.models import llama
 from xylem.models.config import RopeScaling, TransformerConfig
 from xylem.models.conversion import Row
 from xylem.models.families import head_width, require, size, value
+from xylem.models.gguf_file import Packed, header
 from xylem.models.positions import rope_frequencies
 
 
@@ -45,46 +43,13 @@ ROWS = (
 FREQUENCIES = "rope_freqs.weight"
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A tensor of a GGUF file, which lists its axes fastest first."""
-
-    tensor: gguf.ReaderTensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Slowest axis first, as everywhere else."""
-        return tuple(int(axis) for axis in self.tensor.shape[::-1])
-
-    def blocks(self, size: int) -> Iterator[np.ndarray]:
-        """Consecutive rows as float32, about ``size`` bytes at once; a vector comes whole."""
-        data = self.tensor.data
-        step = max(1, size // (4 * math.prod(self.shape[1:]))) if data.ndim > 1 else len(data)
-        for start in range(0, len(data), step):
-            yield self._floats(data[start : start + step])
-
-    def _floats(self, data: np.ndarray) -> np.ndarray:
-        kind = self.tensor.tensor_type
-        try:
-            return gguf.dequantize(data, kind).astype(np.float32, copy=False)
-        except NotImplementedError:
-            raise ConfigError(self.tensor.name, kind.name, "the gguf package does not read this type") from None
-
-
 def open_file(path: Path) -> tuple[TransformerConfig, tuple[Row, ...], dict[str, Packed]]:
     """Configuration, table and tensors of a file; no weight is read yet.
 
     Raises:
         ConfigError: the file is missing or damaged, of another architecture, or asks for what is not implemented.
     """
-    if not path.is_file():
-        raise ConfigError("checkpoint", str(path), "there is no such file")
-    try:
-        reader = gguf.GGUFReader(path)
-        raw = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-    except Exception as error:  # a damaged file trips the reader anywhere: offsets, counts, types, text
-        raise ConfigError("checkpoint", str(path), f"it is not a whole GGUF file ({error})") from error
-    tensors = {tensor.name: Packed(tensor) for tensor in reader.tensors}
+    raw, tensors = header(path)
     frequencies = tensors.pop(FREQUENCIES, None)
     config = _config(raw, tensors, None if frequencies is None else next(frequencies.blocks(1 << 20)))
     return config, ROWS, tensors
@@ -92,7 +57,9 @@ def open_file(path: Path) -> tuple[TransformerConfig, tuple[Row, ...], dict[str,
 
 def _config(raw: Mapping[str, Any], tensors: Mapping[str, Packed], frequencies: np.ndarray | None) -> TransformerConfig:
     require(raw, "GGUF", {"general.architecture": "llama"})
-    require(raw, "llama", {"llama.expert_count": 0, "llama.rope.scaling.type": "none"})
+    # llama.cpp takes a factor without a type for linear scaling; scale_linear is its older name.
+    unscaled = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0, "llama.rope.scale_linear": 1.0}
+    require(raw, "llama", {"llama.expert_count": 0, **unscaled})
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise ConfigError("checkpoint", "token_embd.weight", "the file must hold this tensor")

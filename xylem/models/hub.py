@@ -152,7 +152,7 @@ def _open_folder(folder: Path) -> tuple[TransformerConfig, tuple[Row, ...], dict
             hint = hint or "give the folder that holds this file and its config.json"
         raise ConfigError("checkpoint", str(folder), f"it must be a Hugging Face folder or a .gguf file; {hint}")
     raw = shards.read_json(folder / "config.json")
-    model_type = raw.get("model_type")
+    model_type = str(raw.get("model_type"))
     if model_type not in FAMILIES:
         raise ConfigError("model_type", model_type, f"supported are {', '.join(FAMILIES)}", FAMILIES)
     family = FAMILIES[model_type]
@@ -192,7 +192,12 @@ def _write_weights(
                 name = name if name == "lm_head.weight" else family.prefix + name
                 where[name] = row, layer
                 plan.append((name, math.prod(row.shape(template)) * np.dtype(flat[row.ours[0]].dtype).itemsize))
-    shards.write_folder(folder, plan, lambda name: write(*where[name], flat), shard_bytes)
+
+    def tensor(name: str) -> np.ndarray:
+        row, layer = where[name]
+        return write(row, layer, flat)
+
+    shards.write_folder(folder, plan, tensor, shard_bytes)
 
 
 def _sync(path: Path) -> None:

@@ -20,8 +20,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 
-@struct.dataclass
-class Mask:
+class Mask(struct.PyTreeNode):
     """What a query may attend to; ``None`` in a field means that this part restricts nothing."""
 
     causal: bool = struct.field(pytree_node=False, default=True)

@@ -39,13 +39,14 @@ class Stored:
     def blocks(self, size: int) -> Iterator[np.ndarray]:
         """Consecutive rows of the first axis, about ``size`` bytes at once; a vector comes whole."""
         dtype = np.dtype(TYPES[self.dtype])
-        width = dtype.itemsize * math.prod(self.shape[1:])
-        step = max(1, size // width) if len(self.shape) > 1 else self.shape[0]
+        length, *rest = self.shape
+        width = dtype.itemsize * math.prod(rest)
+        step = max(1, size // width) if rest else length
         with open(self.file, "rb") as file:
             file.seek(self.offset)
-            for start in range(0, self.shape[0], step):
-                rows = min(step, self.shape[0] - start)
-                yield np.frombuffer(file.read(rows * width), dtype).reshape(rows, *self.shape[1:])
+            for start in range(0, length, step):
+                rows = min(step, length - start)
+                yield np.frombuffer(file.read(rows * width), dtype).reshape(rows, *rest)
 
 
 def tensors(folder: Path) -> dict[str, Stored]:

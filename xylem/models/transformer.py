@@ -38,8 +38,7 @@ SITES = ("embed", "attention_out", "mlp_inner", "mlp_out", "block_out")
 Intervention = Callable[[Array, str, Array], Array]
 
 
-@struct.dataclass
-class Output:
+class Output(struct.PyTreeNode):
     """What a model returns. Inside one jit, what nobody reads is never computed.
 
     Attributes:
@@ -55,8 +54,7 @@ class Output:
     taps: dict[str, Array]
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
     """What every layer of one call shares."""
 
     mask: Mask
@@ -118,8 +116,8 @@ def block_apply(
     """
     site = _Sites(layer, taps, intervene)
     rngs = {} if context.rng is None else {"dropout": jax.random.fold_in(context.rng, layer)}
-    h, cache = block.apply({"params": layer_params}, h, context, cache, layer, site, rngs=rngs)
-    return h, cache, site.kept
+    out: Any = block.apply({"params": layer_params}, h, context, cache, layer, site, rngs=rngs)
+    return *out, site.kept
 
 
 def runs(params: dict[str, Any]) -> list[str]:
@@ -147,8 +145,8 @@ def scan_layers(
     """Every layer of every run in order; the cache is carried, taps come back stacked by layer."""
 
     def body(carry, inputs):
-        layer_params, layer = inputs
-        h, cache, kept = block_apply(block, layer_params, *carry[:1], context, carry[1], layer, taps, intervene)
+        (h, cache), (layer_params, layer) = carry, inputs
+        h, cache, kept = block_apply(block, layer_params, h, context, cache, layer, taps, intervene)
         return (h, cache), kept
 
     if remat != "none":
@@ -208,7 +206,7 @@ class CausalLM(nn.Module):
         h = door("embed", h)
 
         rope = None
-        if config.positions == "rope":
+        if config.rope_theta is not None:
             rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         offset = None if cache is None else cache.lengths
         context = Context(
@@ -226,7 +224,7 @@ class CausalLM(nn.Module):
         if config.head == "untied":
             # Named here so that init makes it; logits always come from ``head``.
             _Head(config, name="head")()
-        logits = self.head(self.variables["params"], hidden)
+        logits = self.head(dict(self.variables["params"]), hidden)
         cache = None if cache is None else cache.advance(tokens.shape[1])
         return Output(logits=logits, hidden=hidden, cache=cache, taps={**door.kept, **kept})
 
@@ -248,7 +246,7 @@ class CausalLM(nn.Module):
     @nn.nowrap
     def _layers(self, block: nn.Module, h: Array, context: Context) -> list[Any]:
         """The runs the tree holds; when there is none yet, one run of freshly initialised layers."""
-        held = self.variables.get("params", {})
+        held = dict(self.variables.get("params", {}))
         names = runs(held)
         if not names:
             quiet = context.replace(train=False, rng=None)
@@ -262,7 +260,9 @@ class CausalLM(nn.Module):
         stacks = [held[name] for name in names]
         count = sum(run_length(stack) for stack in stacks)
         if count != self.config.num_layers:
-            raise ValueError(f"{names}: the parameters hold {count} layers, the config asks for {self.config.num_layers}")
+            raise ValueError(
+                f"{names}: the parameters hold {count} layers, the config asks for {self.config.num_layers}"
+            )
         return stacks
 
     @nn.nowrap
@@ -295,5 +295,3 @@ class _Head(nn.Module):
     def __call__(self) -> Any:
         shape = (self.config.d_model, self.config.vocab_size)
         return parameter(self, "kernel", self.config.init.kernel, shape, self.config.compute.param_dtype)
-
-

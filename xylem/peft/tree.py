@@ -82,9 +82,7 @@ def per_layer(function: Callable) -> Callable:
     """
 
     def lifted(*cuts: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: (jax.vmap(function) if name else function)(*(cut[name] for cut in cuts)) for name in cuts[0]
-        }
+        return {name: (jax.vmap(function) if name else function)(*(cut[name] for cut in cuts)) for name in cuts[0]}
 
     return lifted
 

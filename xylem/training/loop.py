@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xylem import models
@@ -27,6 +29,7 @@ from xylem.training import report
 from xylem.training.checkpoint import Checkpoints
 from xylem.training.config import RunConfig
 from xylem.training.console import console
+from xylem.training.evaluate import figures
 from xylem.training.objectives import causal_lm
 from xylem.training.optimizers import make_optimizer
 from xylem.training.run_folder import open_run
@@ -60,34 +63,38 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
     loss = partial(causal_lm, module, config.objective)
 
     def create():
-        params = module.init(jax.random.key(config.seed), np.zeros((1, 2), np.int32))["params"]
+        params = module.init(jax.random.key(config.seed), jnp.zeros((1, 2), jnp.int32))["params"]
         return new_state(params, optimizer, config.seed, config.ema)
 
     abstract = abstract_state(create, mesh)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-    parts = int(np.prod([mesh.shape[axis] for axis in BATCH])) * config.accumulate
+    parts = math.prod(mesh.shape[axis] for axis in BATCH) * config.accumulate
     if config.batch_size % parts:
-        raise ConfigError("batch_size", config.batch_size, f"mesh.data x mesh.fsdp x accumulate = {parts} must divide it")
+        allowed = f"mesh.data x mesh.fsdp x accumulate = {parts} must divide it"
+        raise ConfigError("batch_size", config.batch_size, allowed)
 
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         settings = dataclasses.asdict(config)
-        run = enter(open_run(config.run_dir, settings, argv, changeable=CHANGEABLE, needed_bytes=2 * size))
+        writer = jax.process_index() == 0
+        space = {"changeable": CHANGEABLE, "needed_bytes": 2 * size}
+        run = enter(open_run(config.run_dir, settings, argv, writer=writer, **space))
         data = pipeline.prepare(config.data)
         _check_vocabulary(config, data)
-        if jax.process_index() == 0:
+        if writer:
             data.tokenizer.save(run.path / "tokenizer")
         checkpoints = enter(Checkpoints(run.checkpoints, config.keep))
         enter(jax.set_mesh(mesh))
         restored = checkpoints.restore(abstract)
         state = make_state(create, abstract) if restored is None else restored.state
         start = 0 if restored is None else restored.step
-        best = np.inf if restored is None else restored.metadata["best_validation"]
+        best = None if restored is None else restored.metadata["best_validation"]
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         batches = pipeline.train_iterator(data, config.batch_size, config.seed, start, **hosts)
         if restored is not None:
             batches.set_state(restored.data_state)
-        log = enter(measure.metrics_log(run.metrics, run.path / "tensorboard", resumed_at=start))
+        logs = (run.metrics, run.path / "tensorboard") if writer else (None,)
+        log = enter(measure.metrics_log(*logs, resumed_at=start))
         screen = enter(console(config.steps, config.log_every))
         for line in report.opening(config, data, mesh, state, restored):
             screen.note(line)
@@ -107,9 +114,10 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
             held_out = pipeline.eval_batches(data, "validation", config.batch_size, **hosts)
             params = state.averaged
             sums = [validate_once(params, jax.tree.map(place, b)) for b in itertools.islice(held_out, limit)]
-            return report.validation(sums, data)
+            named = figures(sums, data.counts["validation"])
+            return {f"validation_{name}": value for name, value in named.items()}
 
-        def figures(step: int, out: dict[str, Any]) -> dict[str, Any]:
+        def row_of(step: int, out: dict[str, Any]) -> dict[str, Any]:
             """One row of metrics; reading them waits for the step."""
             nonlocal clock
             row = {"step": step, "tokens": step * tokens_a_step, **{name: float(value) for name, value in out.items()}}
@@ -123,7 +131,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
             now = time.perf_counter()
             rate = speed.update(tokens_a_step, now - clock)
             clock = now
-            row |= {"learning_rate": float(schedule(step - 1)), "tokens_per_second": rate}
+            row |= {"learning_rate": np.asarray(schedule(step - 1)).item(), "tokens_per_second": rate}
             row |= {"mfu": measure.mfu(rate, flops, peak), "checkpoint_age": checkpoints.age()}
             return row | {"eta_seconds": speed.eta((config.steps - step) * tokens_a_step)}
 
@@ -139,21 +147,22 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         for step in range(start + 1, config.steps + 1):
             state, out = step_once(state, jax.tree.map(place, next(batches)))
             if last is not None:
-                show(figures(*last))  # the step before: this one is running meanwhile
+                show(row_of(*last))  # the step before: this one is running meanwhile
+            if notice := checkpoints.poll():
+                screen.note(notice)
             last = (step, out)
             finishing = step == config.steps or stop()
             if not finishing and not any(due(every, step) for every in (evaluate_every, save_every, sample_every)):
                 continue
-            (row, last), improved = (figures(*last), None), False
+            (row, last), improved = (row_of(*last), None), False
             if due(evaluate_every, step) or step == config.steps:
                 row |= validate(config.evaluate_batches)
-                improved = row["validation_loss"] < best
-                best = min(best, row["validation_loss"])
+                improved = best is None or row["validation_loss"] < best
+                best = row["validation_loss"] if improved else best
             show(row)
             if (finishing or improved or due(save_every, step)) and int(state.nonfinite) == 0:
                 metadata = {"config": settings, "tokenizer_hash": data.tokenizer.hash, "best_validation": best}
-                notice = checkpoints.save(step, state, batches.get_state(), metadata, best=improved)
-                if notice:
+                if notice := checkpoints.save(step, state, batches.get_state(), metadata, best=improved):
                     screen.note(notice)
             if due(sample_every, step) and not finishing:
                 screen.note(report.sample(module, state.averaged, data.tokenizer, config.sample_prompt))

@@ -17,8 +17,7 @@ from xylem.models.transformer import CausalLM
 from xylem.training.config import ObjectiveConfig
 
 
-@struct.dataclass
-class Sums:
+class Sums(struct.PyTreeNode):
     """What a batch adds up to, in nats; divide by ``weight``, the number of real labels, for means."""
 
     loss: Float[Array, ""] | Any
@@ -42,12 +41,12 @@ def causal_lm(
     """
     rngs = None if rng is None else {"dropout": rng}
     tokens, segments = batch["tokens"], batch.get("segments")
-    out = module.apply({"params": params}, tokens, segments=segments, train=rng is not None, rngs=rngs)
+    out: Any = module.apply({"params": params}, tokens, segments=segments, train=rng is not None, rngs=rngs)
     kernels = fused.choose(module.config.compute, jax.default_backend())
     weights = batch["weights"]
     args = (module.head, module.head_params(params), out.hidden, batch["labels"], weights)
     if kernels.cross_entropy:
-        chunk = kernels.loss_chunk(*tokens.shape, module.config.vocab_size)
+        chunk = kernels.loss_chunk(tokens.shape[0], tokens.shape[1], module.config.vocab_size)
         loss, nll = fused.cross_entropy(*args, config.label_smoothing, config.z_loss, chunk)
     else:
         loss, nll = fused.cross_entropy_plain(*args, config.label_smoothing, config.z_loss)

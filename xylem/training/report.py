@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from xylem.peft import tree
 from xylem.training import metrics as measure
 from xylem.training.checkpoint import Restored
 from xylem.training.config import RunConfig
-from xylem.training.objectives import Sums
 from xylem.training.plots import loss_curve
 from xylem.training.run_folder import write_whole
 from xylem.training.state import TrainState
@@ -38,7 +35,7 @@ def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, re
     lines = [
         f"{model.family}: {tree.count(state.params):,} parameters, {model.num_layers} layers of width {model.d_model}, "
         f"{model.vocab_size:,} tokens",
-        f"{config.data.corpus}: {train['tokens']:,} training tokens ({train['bytes'] / train['tokens']:.2f} bytes each); "
+        f"{config.data.corpus}: {train['tokens']:,} training tokens of {train['bytes'] / train['tokens']:.2f} bytes; "
         f"{config.steps:,} steps of {batch_tokens:,} are {config.steps * batch_tokens / train['tokens']:.2f} epochs",
         f"mesh {sizes} of {mesh.devices.flat[0].device_kind}; run folder {config.run_dir}",
     ]
@@ -46,22 +43,6 @@ def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, re
         lines += [f"passed over {line}" for line in restored.passed_over]
         lines.append(f"going on from step {restored.step}")
     return lines
-
-
-def validation(sums: Sequence[Sums], data: Prepared) -> dict[str, float]:
-    """Mean loss (nats a token), perplexity and bits per byte of the validation batches whose sums are given.
-
-    Bytes are counted over the whole split and shared out evenly over its labels, so on the whole split bits per byte
-    are exact. A document's end-of-text is predicted too, and counts as loss without adding a byte.
-    """
-    nll, weight = (math.fsum(float(getattr(each, name)) for each in sums) for name in ("nll", "weight"))
-    split = data.counts["validation"]
-    bytes_read = split["bytes"] * weight / (split["tokens"] - 1)  # the very first token is nobody's label
-    return {
-        "validation_loss": nll / weight,
-        "validation_perplexity": measure.perplexity(nll / weight),
-        "validation_bits_per_byte": nll / math.log(2.0) / bytes_read,
-    }
 
 
 def sample(module: CausalLM, params: Any, tokenizer: Tokenizer, prompt: str) -> str:

@@ -9,7 +9,7 @@ from xylem.training.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The schedule a config names, for a run of ``steps`` steps.
+    """The schedule a config names, for a run of ``steps`` steps: the first is step 0, the last ``steps - 1``.
 
     - ``cosine``: half a cosine down to ``final_fraction`` of the peak (SGDR 1608.03983, equation 5, one cycle).
     - ``linear``: a straight line down to the same.
@@ -18,7 +18,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     - ``constant``: stay.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
-    final, rest = peak * config.final_fraction, max(1, steps - config.warmup_steps)
+    # From the first step after the warm-up, at the peak, to the last one, at the final rate.
+    final, rest = peak * config.final_fraction, max(1, steps - warmup - 1)
     if config.schedule == "noam":
         turn = max(1, warmup)
         return lambda step: peak * jnp.minimum((step + 1) / turn, jnp.sqrt(turn / (step + 1.0)))
@@ -27,8 +28,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     elif config.schedule == "linear":
         after = optax.linear_schedule(peak, final, rest)
     elif config.schedule == "wsd":
-        down = max(1, round(config.decay_fraction * steps))
-        after = optax.linear_schedule(peak, final, down, transition_begin=max(0, rest - down))
+        down = max(1, min(rest, round(config.decay_fraction * steps)))
+        after = optax.linear_schedule(peak, final, down, transition_begin=rest - down)
     else:
         after = optax.constant_schedule(peak)
     if warmup == 0:

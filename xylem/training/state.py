@@ -16,8 +16,7 @@ from xylem.peft import tree
 from xylem.sharding import path_name, shardings
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Parameters, what their optimizer remembers, and the randomness of the steps to come.
 
     Attributes:

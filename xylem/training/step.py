@@ -68,7 +68,7 @@ def train_step(
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     grads, sums = gradients(loss, state, batch, accumulate, rng)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
     moved = {"trainable": optax.apply_updates(state.trainable, updates), "optimizer": moments, "ema": state.ema}
     if ema is not None:

@@ -1,0 +1,59 @@
+"""Ask, without a TPU, whether a run fits one: compile its training step for a topology and print the bytes a chip.
+
+    python scripts/plan.py [PRESET] --topology v5e:2x4 --mesh.fsdp 8 ...
+
+PRESET and all other flags are those of scripts/pretrain.py. Needs libtpu: pip install 'xylem-lm[plan]'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from xylem.launch import launch
+from xylem.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to compile, and for which chips."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    topology: str = "v5e:2x4"
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, call, print."""
+    from xylem.configs.pretrain import RUNS
+    from xylem.errors import ConfigError
+
+    named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+    name = named[0] if named else "default"
+    if name not in RUNS:
+        raise ConfigError("PRESET", name, f"it must be one of {', '.join(RUNS)}", RUNS)
+
+    parsed = tyro.cli(
+        Arguments,
+        prog="plan.py [PRESET]",
+        description=f"{__doc__}\nPresets: {', '.join(RUNS)}.",
+        default=Arguments(run=RUNS[name]()),
+        args=arguments[len(named) :],
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+    from xylem.training.plan import GIB, plan
+
+    found = plan(parsed.run, parsed.topology)
+    print(f"{name} on {parsed.topology}: {found.chips} x {found.kind}; GiB a chip")
+    sizes = ("state", "arguments", "outputs", "aliased", "temporaries", "code", "total")
+    for size in sizes:
+        print(f"  {size:<12}{getattr(found, size) / GIB:8.3f}")
+    print(f"  {'memory':<12}" + ("  unknown" if found.hbm is None else f"{found.hbm / GIB:8.3f}"))
+    print(f"collectives: {', '.join(f'{name} {count}' for name, count in sorted(found.collectives.items())) or 'none'}")
+    print({True: "fits", False: "does NOT fit", None: "fit unknown"}[found.fits])
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,201 @@
+"""One step: accumulation, randomness, what is skipped, what is averaged, what stays."""
+
+import functools
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xylem import models
+from xylem.models.config import Compute
+from xylem.models.gpt import gpt
+from xylem.models.llama import llama
+from xylem.peft import tree
+from xylem.sharding import batch_sharding, make_mesh, path_name
+from xylem.training.config import ObjectiveConfig, OptimizerConfig
+from xylem.training.objectives import causal_lm
+from xylem.training.optimizers import make_optimizer
+from xylem.training.state import abstract_state, everything, make_state, new_state
+from xylem.training.step import eval_step, gradients, train_step
+
+ROWS, T, V = 8, 11, 34
+PLAIN = Compute(layers="scan", kernels="plain")
+CONFIGS = {
+    "gpt": replace(gpt(2, 12, 4, V, 18), compute=PLAIN),
+    "llama": replace(llama(2, 16, 4, 2, 22, V, 18, rope_theta=777.0, norm_eps=1e-4), compute=PLAIN),
+}
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=0.02, schedule="constant", warmup_steps=0), 100)
+
+
+def mlp_only(path, weight) -> bool:
+    return "/mlp/" in path
+
+
+@functools.cache
+def programs(config, accumulate: int = 1, ema: float | None = None, trains=everything):
+    """(module, create, step) of a config; the step is jitted once."""
+    module = models.build(config)
+    loss = partial(causal_lm, module, ObjectiveConfig(label_smoothing=0.1))
+
+    def create():
+        params = module.init(jax.random.key(3), jnp.zeros((1, 2), jnp.int32))["params"]
+        return new_state(params, OPTIMIZER, 5, ema, trains)
+
+    step = partial(train_step, loss=loss, optimizer=OPTIMIZER, accumulate=accumulate, ema=ema)
+    return loss, jax.jit(create), jax.jit(step)
+
+
+@functools.cache
+def gradient(config, accumulate: int):
+    loss = programs(config)[0]
+    return jax.jit(lambda state, batch: gradients(loss, state, batch, accumulate, jax.random.key(0)))
+
+
+def random_batch(rng: np.random.Generator) -> dict:
+    """Rows of very uneven weight: row 0 has two labels, row 1 none, the others between a few and all."""
+    counts = np.array([2, 0, T, 5, T, 3, 7, T])
+    weights = (np.arange(T)[None] < counts[:, None]).astype(np.float32)
+    tokens = rng.integers(0, V, (ROWS, T + 1)).astype(np.int32)
+    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segments": np.ones((ROWS, T), np.int32), "weights": weights}
+
+
+def apart(ours, reference) -> float:
+    """The worst leaf's largest difference, over the largest of its values or 1e-3 of the largest of all."""
+    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True)]
+    top = max(float(np.max(np.abs(b))) for _, b in pairs)
+    return max(float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(b))), 1e-3 * top)) for a, b in pairs)
+
+
+def same_bits(one, other) -> bool:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+@pytest.fixture
+def batch(rng_seed):
+    return random_batch(np.random.default_rng(rng_seed))
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_accumulation_equals_the_whole_batch(family, batch, rng_seed, proof):
+    state = programs(CONFIGS[family])[1]()
+    whole, sums = gradient(CONFIGS[family], 1)(state, batch)
+    for count in (2, 4):
+        cut, cut_sums = gradient(CONFIGS[family], count)(state, batch)
+        assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(cut))
+        error = max(apart(cut, whole), apart(cut_sums, sums))
+        # The usual fault: the mean of the micro-batches' own means.
+        micros = [{key: x[i::count] for key, x in batch.items()} for i in range(count)]
+        each = [gradient(CONFIGS[family], 1)(state, micro)[0] for micro in micros] if count == 2 else []
+        if each:
+            assert apart(jax.tree.map(lambda a, b: (a + b) / 2, *each), whole) > 1e-2
+        row = f"{family} gradient of {count} accumulated micro-batches, uneven weights"
+        proof(row, "the undivided batch", error, 1e-6, rng_seed, "mean of the micro-batches' means")
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_dropout_is_the_same_under_remat_and_under_sharding(family, batch):
+    config = replace(CONFIGS[family], dropout=0.3)
+    _, create, step = programs(config)
+    state, out = step(create(), batch)
+    _, quiet = programs(CONFIGS[family])[2](create(), batch)
+    assert abs(float(out["loss"]) - float(quiet["loss"])) > 1e-4, "dropout must do something"
+    recomputed, again = programs(replace(config, compute=replace(PLAIN, remat="full")))[2](create(), batch)
+    np.testing.assert_allclose(again["loss"], out["loss"], rtol=1e-6)
+    np.testing.assert_allclose(again["gradient_norm"], out["gradient_norm"], rtol=1e-5)
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        sharded = make_state(create, abstract_state(create, mesh))
+        on_mesh = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)), batch)
+        _, spread = step(sharded, on_mesh)
+    np.testing.assert_allclose(spread["loss"], out["loss"], rtol=1e-5)
+    np.testing.assert_allclose(spread["gradient_norm"], out["gradient_norm"], rtol=1e-5)
+    _, later = step(state, batch)
+    _, later_again = step(recomputed, batch)
+    np.testing.assert_allclose(later["loss"], later_again["loss"], rtol=1e-5)
+
+
+def test_dropout_draws_anew_each_step(batch):
+    _, create, step = programs(replace(CONFIGS["gpt"], dropout=0.3))
+    state = create()
+    _, first = step(state, batch)
+    _, second = step(state.replace(step=state.step + 1), batch)
+    assert float(first["loss"]) != float(second["loss"])
+
+
+def test_non_finite_gradient_changes_nothing_and_is_counted(batch):
+    _, create, step = programs(CONFIGS["llama"], ema=0.9)
+    state, _ = step(create(), batch)
+    weights = batch["weights"].copy()
+    weights[2, 3] = np.inf
+    for count in (1, 2):
+        before = state
+        state, out = step(before, batch | {"weights": weights})
+        assert not np.isfinite(float(out["gradient_norm"]))
+        assert int(out["nonfinite"]) == int(state.nonfinite) == count
+        assert int(state.step) == 1 + count
+        for part in ("trainable", "frozen", "optimizer", "ema", "rng"):
+            assert same_bits(getattr(state, part), getattr(before, part)), part
+    state, out = step(state, batch)
+    assert int(state.nonfinite) == int(out["nonfinite"]) == 0
+    assert not same_bits(state.trainable, before.trainable)
+
+
+def test_average_follows_its_formula(batch):
+    _, create, step = programs(CONFIGS["llama"], ema=0.9)
+    state = create()
+    assert same_bits(state.ema, state.trainable)
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float64), state.ema)
+    for _ in range(3):
+        state, _ = step(state, batch)
+        expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * np.asarray(p, np.float64), expected, state.trainable)
+    assert apart(state.ema, expected) <= 1e-6
+    assert same_bits(state.averaged, state.ema)
+    assert apart(state.ema, state.trainable) > 1e-3
+
+
+def test_frozen_weights_never_move_and_have_no_optimizer_state(batch):
+    _, create, step = programs(CONFIGS["gpt"], ema=0.5, trains=mlp_only)
+    state = create()
+    held = {path_name(path) for path, x in jax.tree_util.tree_leaves_with_path(state.optimizer) if x.ndim > 1}
+    assert held and all("/mlp/" in path for path in held)
+    assert all("/mlp/" in path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.ema))
+    after = state
+    for _ in range(2):
+        after, _ = step(after, batch)
+    assert same_bits(after.frozen, state.frozen)
+    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), after.trainable, state.trainable)
+    assert all(jax.tree.leaves(moved))
+    assert jax.tree.structure(after.params) == jax.tree.structure(state.params)
+    assert tree.count(after.averaged) == tree.count(after.params)
+
+
+def test_the_same_step_twice_gives_the_same_bits(batch):
+    _, create, step = programs(replace(CONFIGS["gpt"], dropout=0.3))
+    state = create()
+    assert same_bits(step(state, batch), step(state, batch))
+    assert same_bits(create(), state)
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_bfloat16_compute_trains_float32_masters(family, batch):
+    config = replace(CONFIGS[family], compute=replace(PLAIN, dtype="bfloat16"))
+    loss, create, step = programs(config)
+    state = create()
+    assert {str(x.dtype) for x in jax.tree.leaves((state.params, state.optimizer))} == {"float32", "int32"}
+    products = [line for line in step.lower(state, batch).as_text().splitlines() if "dot_general" in line]
+    assert sum("bf16" in line for line in products) > len(products) / 2
+    wide = programs(CONFIGS[family])[2](create(), batch)[1]["loss"]
+    losses = []
+    for _ in range(30):
+        state, out = step(state, batch)
+        losses.append(float(out["loss"]))
+    np.testing.assert_allclose(losses[0], wide, rtol=2e-2)
+    assert losses[-1] < 0.6 * losses[0]
+    assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
+    sums = jax.jit(partial(eval_step, loss=loss))(state.params, batch)
+    assert sums.loss.dtype == jnp.float32 and float(sums.nll) / float(sums.weight) < losses[0]

