@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
     from xylem.training.restore import open_model
 
     sampling = Sampling(parsed.max_new_tokens, parsed.temperature, parsed.top_k, parsed.top_p)
-    module, params, tokenizer = open_model(parsed.checkpoint, parsed.dtype)
+    module, params, tokenizer, _ = open_model(parsed.checkpoint, parsed.dtype)
     chat = tokenizer.chat_template is not None if parsed.format == "auto" else parsed.format == "chat"
     generator = Generator(module, params, tokenizer)
     answers = (generator.chat if chat else generator)(parsed.prompt, sampling, jax.random.key(parsed.seed))

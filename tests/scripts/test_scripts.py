@@ -160,12 +160,14 @@ def test_the_process_ends_with_the_code_and_no_traceback(arguments, code, said):
 
 def test_tokens_outside_the_vocabulary_are_named(flags, corpus, tmp_path):
     script("pretrain")(list(flags))
+    import jax
+
     from xylem.generation.sampling import Sampling, generate
     from xylem.training.restore import open_model
 
-    module, params, _ = open_model(str(tmp_path / "run"))
+    module, params, _, _ = open_model(str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"ids must lie in \[0, 257\)"):
-        generate(module, params, [[257]], Sampling(1), None)
+        generate(module, params, [[257]], Sampling(1), jax.random.key(0))
 
 
 def test_cpu_scripts_keep_memory_and_leave_a_users_settings_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +66,8 @@ def open_model(name: str, dtype: str = "float32") -> Model:
 
 
 def _open_run(path: Path) -> tuple[Any, dict[str, Any]]:
-    if not (path / CONFIG).is_file():
-        raise ConfigError("checkpoint", str(path), f"a run folder holds {CONFIG}")
-    _, metadata = load_params(path, entries=("frozen", "trainable"))
-    return load_params(path, entries=("ema" if metadata["config"]["ema"] else "trainable", "frozen"))
+    try:
+        averaged = json.loads((path / CONFIG).read_text())["ema"] is not None
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError("checkpoint", str(path), f"a run folder holds a readable {CONFIG}") from error
+    return load_params(path, entries=("ema" if averaged else "trainable", "frozen"))
