@@ -145,6 +145,30 @@ class Throughput:
         return tokens_left * self._seconds / self._tokens if self._tokens else None
 
 
+class Meter:
+    """Turns what a step computed into a row of metrics, with the speed since the row before.
+
+    ``tokens`` a step, ``flops`` a token, ``peak`` of all devices together (None where unknown), ``steps`` of the run.
+    """
+
+    def __init__(self, tokens: int, flops: float, peak: float | None, steps: int):
+        self.tokens, self.flops, self.peak, self.steps = tokens, flops, peak, steps
+        self._speed, self._since = Throughput(), time.perf_counter()
+
+    def row(self, step: int, computed: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of a step; reading what it ``computed`` waits for it."""
+        row = {"step": step, "tokens": step * self.tokens, **{name: float(x) for name, x in computed.items()}}
+        now = time.perf_counter()
+        rate = self._speed.update(self.tokens, now - self._since)
+        self._since = now
+        row |= {"tokens_per_second": rate, "mfu": mfu(rate, self.flops, self.peak)}
+        return row | {"eta_seconds": self._speed.eta((self.steps - step) * self.tokens)}
+
+    def restart(self) -> None:
+        """Leave out the time since the last row: it went into something else than training."""
+        self._since = time.perf_counter()
+
+
 @contextlib.contextmanager
 def metrics_log(
     path: str | Path | None, tensorboard: str | Path | None = None, resumed_at: int = 0

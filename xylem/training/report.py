@@ -41,7 +41,8 @@ def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, re
     ]
     if restored is not None:
         lines += [f"passed over {line}" for line in restored.passed_over]
-        lines.append(f"going on from step {restored.step}")
+        done = restored.step >= config.steps
+        lines.append(f"all {config.steps} steps are already done" if done else f"going on from step {restored.step}")
     return lines
 
 

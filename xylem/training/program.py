@@ -1,0 +1,85 @@
+"""What a run computes: its module, its state and its two compiled steps, from a config and a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from xylem import models
+from xylem.errors import ConfigError
+from xylem.models.transformer import CausalLM
+from xylem.sharding import BATCH
+from xylem.training.config import RunConfig
+from xylem.training.objectives import causal_lm
+from xylem.training.optimizers import make_optimizer
+from xylem.training.state import TrainState, abstract_state, new_state
+from xylem.training.step import eval_step, train_step
+
+
+class Program(NamedTuple):
+    """The parts of a run that are functions and shapes, before any array exists.
+
+    Attributes:
+        module: the network.
+        create: makes the state before the first step.
+        abstract: shape, type and sharding of every array of that state.
+        step: (state, batch) -> (state, metrics), jitted; the state is donated.
+        validate: (params, batch) -> sums, jitted.
+    """
+
+    module: CausalLM
+    create: Callable[[], TrainState]
+    abstract: TrainState
+    step: Any
+    validate: Any
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the whole state, over all devices."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.abstract))
+
+
+def assemble(config: RunConfig, mesh: Mesh) -> Program:
+    """The program of a run on a mesh; nothing is compiled or allocated yet.
+
+    Raises:
+        ConfigError: the mesh divides neither a parameter that it should split nor the batch.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in BATCH) * config.accumulate
+    if config.batch_size % parts:
+        allowed = f"mesh.data x mesh.fsdp x accumulate = {parts} must divide it"
+        raise ConfigError("batch_size", config.batch_size, allowed)
+    module, optimizer = models.build(config.model), make_optimizer(config.optimizer, config.steps)
+    loss = partial(causal_lm, module, config.objective)
+
+    def create() -> TrainState:
+        params = module.init(jax.random.key(config.seed), jnp.zeros((1, 2), jnp.int32))["params"]
+        return new_state(params, optimizer, config.seed, config.ema)
+
+    abstract = abstract_state(create, mesh)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    step = partial(train_step, loss=loss, optimizer=optimizer, accumulate=config.accumulate, ema=config.ema)
+    return Program(
+        module=module,
+        create=create,
+        abstract=abstract,
+        step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
+        validate=jax.jit(partial(eval_step, loss=loss)),
+    )
+
+
+def settled(config: RunConfig, kernels: str, layers: str) -> RunConfig:
+    """The config with what ``compute`` leaves to measurement settled: for compiling for a backend that is not here."""
+    compute = config.model.compute
+    chosen = {"kernels": kernels, "layers": layers}
+    kept = {name: value for name, value in chosen.items() if getattr(compute, name) == "auto"}
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, compute=dataclasses.replace(compute, **kept))
+    )
