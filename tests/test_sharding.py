@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +10,18 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from xylem import models
+from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
 from xylem.generation.sampling import Sampling, generate
 from xylem.models.config import Compute
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
 from xylem.sharding import batch_sharding, constrain, make_mesh, param_specs, shardings
-from xylem.training.config import ObjectiveConfig, OptimizerConfig
-from xylem.training.objectives import causal_lm
-from xylem.training.optimizers import make_optimizer
-from xylem.training.state import abstract_state, make_state, new_state
-from xylem.training.step import train_step
+from xylem.training.config import OptimizerConfig, RunConfig
+from xylem.training.program import assemble
+from xylem.training.state import make_state
 
-ROWS, T, V, STEPS = 8, 11, 34, 5
+ROWS, T, V, STEPS = 8, 11, 34, 6
 PLAIN = Compute(layers="scan", kernels="plain")
 CONFIGS = {
     "gpt": replace(gpt(2, 12, 4, V, 18), compute=PLAIN),
@@ -41,44 +39,41 @@ BATCHES = [
 
 
 @functools.cache
-def trained(family: str, sizes: tuple[int, int, int], accumulate: int, rows: int = ROWS):
-    """Losses of five steps on a mesh, the last state, and the compiled program's text; as ``loop.pretrain`` does it.
+def trained(family: str, sizes: tuple[int, int, int], accumulate: int):
+    """Six steps on a mesh, as ``loop.pretrain`` does them: losses, the last state and the compiled program's text.
 
-    Rows from ``rows`` on count for nothing.
+    The last loss is also given as it would be with two rows left out.
     """
-    batches = [batch | {"weights": np.where(np.arange(ROWS)[:, None] < rows, batch["weights"], 0)} for batch in BATCHES]
-    mesh = make_mesh(*sizes)
-    module = models.build(CONFIGS[family])
-    config = OptimizerConfig(learning_rate=0.02, schedule="constant", warmup_steps=0)
-    optimizer = make_optimizer(config, STEPS)
-
-    def create():
-        params = module.init(jax.random.key(3), jnp.zeros((1, 2), jnp.int32))["params"]
-        return new_state(params, optimizer, 5, None)
-
-    abstract = abstract_state(create, mesh)
-    where = jax.tree.map(lambda x: x.sharding, abstract)
-    step = partial(
-        train_step, loss=partial(causal_lm, module, ObjectiveConfig()), optimizer=optimizer, accumulate=accumulate
+    run = RunConfig(
+        model=CONFIGS[family],
+        data=DataConfig(sequence_length=T),
+        optimizer=OptimizerConfig(learning_rate=0.02, schedule="constant", warmup_steps=0),
+        batch_size=ROWS,
+        accumulate=accumulate,
+        seed=3,
     )
+    mesh = make_mesh(*sizes)
+    program = assemble(run, mesh)
     with jax.set_mesh(mesh):
         place = lambda batch: jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)), batch)  # noqa: E731
-        state, losses = make_state(create, abstract), []
-        step = jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(state, place(batches[0])).compile()
-        for batch in batches:
+        state, losses = make_state(program.create, program.abstract), []
+        step = program.step.lower(state, place(BATCHES[0])).compile()
+        for batch in BATCHES:
+            before = jax.tree.map(jnp.copy, state)
             state, out = step(state, place(batch))
             losses.append(float(out["loss"]))
-    return np.array(losses), state, step.as_text()
+        fewer = np.where(np.arange(ROWS)[:, None] < ROWS - 2, BATCHES[-1]["weights"], 0)
+        short = float(step(before, place(BATCHES[-1] | {"weights": fewer}))[1]["loss"])
+    return np.array(losses), state, step.as_text(), short
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("family", ["gpt", "llama"])
 def test_mesh_of_eight_gives_the_losses_of_one_device(family, accumulate, proof):
-    one, _, _ = trained(family, (1, 1, 1), 1)
-    eight, _, _ = trained(family, (2, 2, 2), accumulate)
+    one, _, _, short = trained(family, (1, 1, 1), 1)
+    eight, _, _, _ = trained(family, (2, 2, 2), accumulate)
     error = float(np.max(np.abs(eight / one - 1)))
-    short, _, _ = trained(family, (1, 1, 1), 1, rows=ROWS - 2)
-    assert np.min(np.abs(short / one - 1)) > 1e-4, "what a device whose rows are not summed would show"
+    assert abs(short / one[-1] - 1) > 1e-4, "what a device whose rows are not summed would show"
     row = f"{family} on data 2 x fsdp 2 x tensor 2, accumulation {accumulate}, {STEPS} steps"
     proof(row, "one device", error, 1e-5, 7, "the rows of one device left out")
 
@@ -86,7 +81,7 @@ def test_mesh_of_eight_gives_the_losses_of_one_device(family, accumulate, proof)
 @pytest.mark.parametrize("family", ["gpt", "llama"])
 def test_mesh_really_splits_the_parameters_and_communicates(family):
     config = CONFIGS[family]
-    _, state, text = trained(family, (2, 2, 2), 1)
+    _, state, text, _ = trained(family, (2, 2, 2), 1)
     part = lambda array: array.addressable_shards[0].data.shape  # noqa: E731
     layers, width = state.params["layers"], config.d_model
     inner = config.num_heads * config.head_dim
@@ -104,11 +99,10 @@ def test_mesh_really_splits_the_parameters_and_communicates(family):
     assert "all-gather" not in alone and "all-reduce" not in alone
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama"])
-def test_generation_under_a_mesh_writes_the_same_tokens(family):
-    module, prompt = models.build(CONFIGS[family]), [[3, 1, 4, 1, 5]]
+def test_generation_under_a_mesh_writes_the_same_tokens():
+    module, prompt = models.build(CONFIGS["llama"]), [[3, 1, 4, 1, 5]]
     sampling = Sampling(max_new_tokens=7, temperature=0.0)
-    _, state, _ = trained(family, (2, 2, 2), 1)
+    _, state, _, _ = trained("llama", (2, 2, 2), 1)
     with jax.set_mesh(make_mesh(2, 2, 2)):
         spread = generate(module, state.params, prompt, sampling, jax.random.key(0))
     gathered = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state.params)
@@ -142,7 +136,7 @@ def test_mesh_takes_all_devices_or_those_asked_for():
 def test_mesh_that_does_not_divide_a_weight_names_axis_and_weight(axis, sizes):
     params = {"embed": {"embedding": jax.ShapeDtypeStruct((34, 12), jnp.float32)}}
     mesh, size = make_mesh(*sizes), {"fsdp": 12, "tensor": 34}[axis]
-    message = rf"mesh.{axis}: {mesh.shape[axis]} is not possible; it must divide axis \d of embed/embedding, of size {size}"
+    message = rf"mesh.{axis}: {mesh.shape[axis]} .* it must divide axis \d of embed/embedding, of size {size}"
     with pytest.raises(ConfigError, match=message):
         shardings(params, mesh)
 

@@ -8,6 +8,7 @@ Mesh axes: ``data`` replicates the model and splits the batch; ``fsdp`` splits t
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,15 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"final_norm/(scale|bias)", P()),
     (r"head/kernel", P("fsdp", "tensor")),
 )
+
+
+def join_hosts() -> None:
+    """Join the other processes of this run, where the environment says that there are some (a TPU pod, or
+    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID); on one host nothing happens.
+    """
+    pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    if (pod or "JAX_COORDINATOR_ADDRESS" in os.environ) and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

@@ -42,7 +42,7 @@ MODEL = replace(
 def write_corpus(folder: Path) -> Path:
     """Some 15 KB of sentences in which the next word is not always the same."""
     rng = np.random.default_rng(11)
-    words = "a tree grows slowly in the shade while its roots drink and the wind turns every leaf".split()
+    words = ["a", "tree", "grows", "slowly", "in", "the", "shade", "while", "roots", "drink", "and", "leaves", "turn"]
     lines = [" ".join(rng.choice(words, 9)) + "." for _ in range(300)]
     (folder / "text.txt").write_text("\n".join(lines))
     return folder / "text.txt"
@@ -155,7 +155,8 @@ def test_run_keeps_its_best_checkpoint_and_the_last(base, finished):
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(base, finished, tmp_path):
-    again, other = replace(base, run_dir=str(tmp_path / "a")), replace(base, run_dir=str(tmp_path / "b"), seed=1, steps=1)
+    again = replace(base, run_dir=str(tmp_path / "again"))
+    other = replace(base, run_dir=str(tmp_path / "other"), seed=1, steps=1)
     assert pretrain(again)["validation_loss"] == finished["validation_loss"]
     assert losses(again.run_dir) == losses(base.run_dir)
     assert checksum(again.run_dir) == checksum(base.run_dir)
@@ -192,13 +193,13 @@ def test_finished_run_called_again_says_so_and_trains_nothing(base, finished, ha
 
 def test_run_whose_tokenizer_is_larger_than_the_vocabulary_is_refused(base, tmp_path):
     small = replace(base, model=replace(MODEL, vocab_size=200), run_dir=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match=r"model.vocab_size: 200 is not possible; the tokenizer bytes has 25\d tokens"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size: 200 .* the tokenizer bytes has 257 tokens"):
         pretrain(small)
 
 
 def test_run_whose_batch_the_mesh_does_not_divide_is_refused_and_leaves_nothing(base, tmp_path):
     odd = replace(base, batch_size=6, mesh=MeshConfig(data=2, fsdp=2), run_dir=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="batch_size: 6 is not possible; mesh.data x mesh.fsdp x accumulate = 4"):
+    with pytest.raises(ConfigError, match=r"batch_size: 6 is not possible; mesh.data x mesh.fsdp x accumulate = 4"):
         pretrain(odd)
     assert not (tmp_path / "run").exists()
 
@@ -206,7 +207,7 @@ def test_run_whose_batch_the_mesh_does_not_divide_is_refused_and_leaves_nothing(
 def test_run_that_is_not_finite_gives_up_and_keeps_its_last_good_checkpoint(base, tmp_path):
     config = replace(base, run_dir=str(tmp_path / "run"), save_every=1, steps=20, ema=None, evaluate_every=0)
     wild = replace(config, optimizer=replace(base.optimizer, learning_rate=1e30))
-    with pytest.raises(NonFiniteError, match=r"gradients were not finite 3 times in a row"):
+    with pytest.raises(NonFiniteError, match=r"step 4: .*3 steps in a row were not finite"):
         pretrain(wild)
     saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("0*"))
     params, metadata = load_params(wild.run_dir)

@@ -294,7 +294,7 @@ def _blocks(mask: Mask, queries: int, keys: int, chunk: int):
 
 def _scores(scale, rows, columns, q, kt, mask: Mask):
     """Masked float32 scores of one block."""
-    scores = jnp.einsum("BKGTH,BKHS->BKGTS", q[..., rows, :], kt[..., columns], preferred_element_type=F32) * scale
+    scores = jnp.einsum("BKGTH,BKHS->BKGTS", q, kt, preferred_element_type=F32) * scale
     if mask.causal or mask.window is not None or mask.query_segments is not None:
         scores = jnp.where(mask.block(rows, columns)[:, None, None], scores, -jnp.inf)
     return scores
@@ -305,50 +305,48 @@ def _attention(scale, blocks, query, key, value, mask):
     return _attention_forward(scale, blocks, query, key, value, mask)[0]
 
 
-# Every product below is laid out (rows, inner) x (inner, columns), so that XLA:CPU transposes (T, H) operands and never
-# a T x S one: kt is key as (B, K, H, S), and the gradients of key and value are made in that layout.
-
-
 def _attention_forward(scale, blocks, query, key, value, mask):
-    q = rearrange(query, "B T (K G) H -> B K G T H", K=key.shape[2])
-    kt, v = rearrange(key, "B S K H -> B K H S"), rearrange(value, "B S K H -> B K S H")
+    groups = query.shape[2] // key.shape[2]
     outs, sums = [], []
     for block in blocks:
         rows, columns = slice(*block[0]), slice(*block[1])
+        q = rearrange(query[:, rows], "B T (K G) H -> B K G T H", G=groups)
+        kt = rearrange(key[:, columns], "B S K H -> B K H S")
+        v = rearrange(value[:, columns], "B S K H -> B K S H")
         scores = _scores(scale, rows, columns, q, kt, mask)
         peak = scores.max(-1, keepdims=True)
         peak = jnp.where(peak == -jnp.inf, 0.0, peak)  # a row that sees nothing: every weight below is exp(-inf) = 0
         weights = jnp.exp(scores - peak)
         total = weights.sum(-1, keepdims=True)
         total = jnp.where(total == 0.0, 1.0, total)
-        out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v[..., columns, :]) / total.astype(v.dtype)
+        out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v) / total.astype(v.dtype)
         outs.append(rearrange(out, "B K G T H -> B T (K G) H"))
         sums.append(peak + jnp.log(total))
     out = jnp.concatenate(outs, axis=1)
-    return out, (q, kt, v.swapaxes(2, 3), out, jnp.concatenate(sums, axis=3), mask)
+    return out, (query, key, value, out, sums, mask)
 
 
 def _attention_backward(scale, blocks, saved, g):
-    q, kt, vt, out, log_sums, mask = saved
-    split = partial(rearrange, pattern="B T (K G) H -> B K G T H", K=kt.shape[1])
+    query, key, value, out, sums, mask = saved
+    groups = query.shape[2] // key.shape[2]
+    split = partial(rearrange, pattern="B T (K G) H -> B K G T H", G=groups)
     # Row sums of weights * d(weights), from the output instead (2205.14135, appendix B.4, equation 4).
     inner = split((g.astype(F32) * out.astype(F32)).sum(-1, keepdims=True))
-    g, k = split(g), kt.swapaxes(2, 3)
-    dqs, dkt, dvt = [], jnp.zeros(kt.shape, F32), jnp.zeros(vt.shape, F32)
-    for block in blocks:
+    dqs, dkt, dvt = [], 0.0, 0.0
+    for block, log_sum in zip(blocks, sums, strict=True):
         rows, columns = slice(*block[0]), slice(*block[1])
-        q_rows, g_rows = q[..., rows, :], g[..., rows, :]
-        weights = jnp.exp(_scores(scale, rows, columns, q, kt, mask) - log_sums[..., rows, :])
-        dweights = jnp.einsum("BKGTH,BKHS->BKGTS", g_rows, vt[..., columns], preferred_element_type=F32)
+        q, g_rows = split(query[:, rows]), split(g[:, rows])
+        kt, vt = (rearrange(x[:, columns], "B S K H -> B K H S") for x in (key, value))
+        k = rearrange(key[:, columns], "B S K H -> B K S H")
+        weights = jnp.exp(_scores(scale, rows, columns, q, kt, mask) - log_sum)
+        dweights = jnp.einsum("BKGTH,BKHS->BKGTS", g_rows, vt, preferred_element_type=F32)
         dscores = (weights * (dweights - inner[..., rows, :]) * scale).astype(q.dtype)
-        dq = jnp.einsum("BKGTS,BKSH->BKGTH", dscores, k[..., columns, :])
-        dqs.append(rearrange(dq, "B K G T H -> B T (K G) H"))
+        dqs.append(rearrange(jnp.einsum("BKGTS,BKSH->BKGTH", dscores, k), "B K G T H -> B T (K G) H"))
+        around = [(0, 0)] * 3 + [(columns.start, key.shape[1] - columns.stop)]
         weights = weights.astype(g.dtype)
-        add = jnp.einsum("BKGTH,BKGTS->BKHS", g_rows, weights, preferred_element_type=F32)
-        dvt = dvt.at[..., columns].add(add)
-        add = jnp.einsum("BKGTH,BKGTS->BKHS", q_rows, dscores, preferred_element_type=F32)
-        dkt = dkt.at[..., columns].add(add)
-    dk, dv = (rearrange(x, "B K H S -> B S K H").astype(kt.dtype) for x in (dkt, dvt))
+        dvt += jnp.pad(jnp.einsum("BKGTH,BKGTS->BKHS", g_rows, weights, preferred_element_type=F32), around)
+        dkt += jnp.pad(jnp.einsum("BKGTH,BKGTS->BKHS", q, dscores, preferred_element_type=F32), around)
+    dk, dv = (rearrange(x, "B K H S -> B S K H").astype(key.dtype) for x in (dkt, dvt))
     return jnp.concatenate(dqs, axis=1), dk, dv, None
 
 
@@ -404,14 +402,9 @@ def cross_entropy(
 def _token_losses(logits, labels, smoothing, z_loss):
     """Loss, negative log-likelihood and log-sum-exp of each token."""
     log_sum = jax.nn.logsumexp(logits, axis=-1)
-    nll = log_sum - jnp.where(_is_label(logits, labels), logits, 0.0).sum(-1)
+    nll = log_sum - jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
     loss = nll if smoothing == 0.0 else (1.0 - smoothing) * nll + smoothing * (log_sum - logits.mean(-1))
     return loss if z_loss == 0.0 else loss + z_loss * jnp.square(log_sum), nll, log_sum
-
-
-def _is_label(logits, labels):
-    ids = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
-    return ids == labels[..., None]
 
 
 def _over_chunks(step: Callable, carry: Any, arrays: list[Array], chunk: int | None) -> tuple[Any, list[Array]]:
@@ -468,7 +461,8 @@ def _cross_entropy_forward(static, head_params, hidden, labels, weights):
         slope = jnp.exp(logits - log_sum[..., None])
         if z_loss != 0.0:
             slope = slope * (1.0 + 2.0 * z_loss * log_sum[..., None])
-        slope = slope - jnp.where(_is_label(logits, labels), 1.0 - smoothing, 0.0)
+        is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
+        slope = slope - jnp.where(is_label, 1.0 - smoothing, 0.0)
         if smoothing != 0.0:
             slope = slope - smoothing / logits.shape[-1]
         dchosen, dhidden = pull(slope * weights[..., None])
@@ -520,8 +514,11 @@ class Choice:
 
     def loss_chunk(self, batch: int, length: int, vocab_size: int) -> int | None:
         """Positions a chunk of ``cross_entropy``; None where all logits fit at once."""
-        chunk = max(1, self.loss_logits // (batch * vocab_size))
-        return chunk if chunk < length else None
+        most = max(1, self.loss_logits // (batch * vocab_size))
+        if most >= length:
+            return None
+        # A chunk that divides the length leaves no shorter last one to compile; half as long is worth that.
+        return next((chunk for chunk in range(most, most // 2, -1) if length % chunk == 0), most)
 
 
 def _all(fused: bool, unroll: bool, attention_chunk: int, loss_logits: int) -> Choice:
@@ -536,4 +533,6 @@ def choose(compute: Compute, backend: str) -> Choice:
     """``compute`` with every ``auto`` settled: what was measured fastest on ``backend``, plain where nothing was."""
     measured = MEASURED.get(backend, PLAIN)
     choice = {"auto": measured, "plain": PLAIN, "fused": MEASURED["cpu"]}[compute.kernels]
-    return replace(choice, unroll=measured.unroll if compute.layers == "auto" else compute.layers == "unroll")
+    # Unrolled, XLA:CPU starts the recomputation of remat early and keeps it: no memory is saved (measured).
+    unroll = measured.unroll and compute.remat == "none"
+    return replace(choice, unroll=unroll if compute.layers == "auto" else compute.layers == "unroll")

@@ -50,6 +50,8 @@ class OptimizerConfig:
         decay_fraction: share of the run over which ``wsd`` comes down at its end.
         final_fraction: the last learning rate over the peak.
         weight_decay: decoupled, on matrices and embeddings alone.
+        beta1, beta2, eps: of AdamW, and of the AdamW that moves what Muon does not; Lion reads the first two,
+            Adafactor none.
         clip_norm: gradients are scaled down to this global norm; None leaves them.
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from xylem.data import pipeline
 from xylem.data.config import cache_root
 from xylem.errors import ConfigError, NonFiniteError
-from xylem.sharding import batch_sharding, make_mesh
+from xylem.sharding import batch_sharding, join_hosts, make_mesh
 from xylem.training import metrics as measure
 from xylem.training import report
 from xylem.training.checkpoint import Checkpoints
@@ -50,6 +51,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data.cache_dir) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    join_hosts()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     program = assemble(config, mesh)
     schedule = make_schedule(config.optimizer, config.steps)
@@ -124,7 +126,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
             (row, last), improved = (row_of(*last), None), False
             if due(config.evaluate_every, step) or step == config.steps:
                 row |= validate(config.evaluate_batches)
-                improved = best is None or row["validation_loss"] < best
+                improved = math.isfinite(row["validation_loss"]) and row["validation_loss"] < (best or math.inf)
                 best = row["validation_loss"] if improved else best
             show(row)
             if (finishing or improved or due(config.save_every, step)) and int(state.nonfinite) == 0:
@@ -139,7 +141,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
 
         checkpoints.wait()
         if step < config.steps:
-            screen.note(f"stopped at step {step} of {config.steps}, saved; the same command goes on from here")
+            screen.note(f"stopped at step {step} of {config.steps}; the same command goes on from the last checkpoint")
             return {"step": step}
         final = {"step": step, **validate(None)}
         return report.closing(config, run.path, data, program.module, state.averaged, final, screen.note)

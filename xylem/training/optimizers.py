@@ -82,10 +82,10 @@ def per_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
     def init(params):
         return tree.per_layer(optimizer.init)(learned(params))
 
-    def update(grads, state, params):
-        moved = tree.per_layer(optimizer.update)(learned(grads), state, learned(params))
-        updates = tree.join({**tree.parts(grads), **{name: pair[0] for name, pair in moved.items()}})
-        return updates, {name: pair[1] for name, pair in moved.items()}
+    def update(updates, state, params=None):
+        moved = tree.per_layer(optimizer.update)(learned(updates), state, learned(params))
+        whole = tree.join({**tree.parts(updates), **{name: pair[0] for name, pair in moved.items()}})
+        return whole, {name: pair[1] for name, pair in moved.items()}
 
     return optax.GradientTransformation(init, update)
 

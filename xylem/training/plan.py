@@ -11,21 +11,15 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from xylem import models
 from xylem.errors import ConfigError
 from xylem.sharding import batch_sharding, make_mesh
 from xylem.training.config import RunConfig
-from xylem.training.objectives import causal_lm
-from xylem.training.optimizers import make_optimizer
-from xylem.training.state import abstract_state, new_state
-from xylem.training.step import train_step
+from xylem.training.program import assemble, settled
 
 GIB = 2**30
 # High-bandwidth memory of a device as jax counts them, bytes (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
@@ -84,23 +78,9 @@ def plan(config: RunConfig, topology: str) -> Plan:
     """
     devices = _devices(topology)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    compute = config.model.compute
-    kernels = "plain" if compute.kernels == "auto" else compute.kernels
-    layers = "scan" if compute.layers == "auto" else compute.layers
-    model = dataclasses.replace(config.model, compute=dataclasses.replace(compute, kernels=kernels, layers=layers))
-    module, optimizer = models.build(model), make_optimizer(config.optimizer, config.steps)
-
-    def create():
-        params = module.init(jax.random.key(config.seed), jnp.zeros((1, 2), jnp.int32))["params"]
-        return new_state(params, optimizer, config.seed, config.ema)
-
-    state = abstract_state(create, mesh)
-    where = jax.tree.map(lambda x: x.sharding, state)
-    options = {"optimizer": optimizer, "accumulate": config.accumulate, "ema": config.ema}
-    step = partial(train_step, loss=partial(causal_lm, module, config.objective), **options)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    program = assemble(settled(config, kernels="plain", layers="scan"), mesh)
     with jax.set_mesh(mesh):
-        lowered = jitted.lower(state, _abstract_batch(config, mesh))
+        lowered = program.step.lower(program.abstract, _abstract_batch(config, mesh))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -111,7 +91,7 @@ def plan(config: RunConfig, topology: str) -> Plan:
     return Plan(
         kind=kind,
         chips=len(devices),
-        state=sum(part(x) for x in jax.tree.leaves(state)),
+        state=sum(part(x) for x in jax.tree.leaves(program.abstract)),
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
@@ -139,11 +119,6 @@ def _devices(topology: str) -> list[Any]:
 
 
 def _abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
-    if config.batch_size % parts:
-        raise ConfigError(
-            "batch_size", config.batch_size, f"mesh.data x mesh.fsdp x accumulate = {parts} must divide it"
-        )
     shape, kinds = (config.batch_size, config.data.sequence_length), {"weights": np.float32}
     names = ("tokens", "labels", "segments", "weights")
     where = batch_sharding(mesh)
@@ -152,11 +127,14 @@ def _abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, jax
 
 def _too_large(config: RunConfig, topology: str, error: Exception) -> Exception:
     """The compiler stops when a chip's memory is too small; any other failure of it is passed on."""
-    used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
-    if used is None:
+    if "RESOURCE_EXHAUSTED" not in str(error):
         return error
+    sizes = re.findall(r"\b\d+(?:\.\d+)?[MGT]\b", str(error))
+    need = (
+        f"a chip has {sizes[1]}, the compiler asks for {sizes[0]}" if len(sizes) > 1 else "a chip has too little memory"
+    )
+    remat = config.model.compute.remat
     allowed = (
-        f"a chip would need {used[1]} and has {used[2]}: lower batch_size, raise accumulate or mesh.fsdp, "
-        f"or set model.compute.remat to full (it is {config.model.compute.remat})"
+        f"{need}: lower batch_size, raise accumulate or mesh.fsdp, or set model.compute.remat (now {remat}) to full"
     )
     return ConfigError("topology", topology, allowed)
