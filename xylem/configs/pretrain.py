@@ -27,7 +27,7 @@ def default() -> RunConfig:
 def nanogpt_cpu() -> RunConfig:
     """The run nanoGPT publishes for a CPU: 4 layers, 4 heads, width 128, context 64, batch 12, characters."""
     return RunConfig(
-        model=gpt(4, 128, 4, vocab_size=256, max_length=64),
+        model=gpt(4, 128, 4, vocab_size=1154, max_length=64),  # the characters of WikiText-2 and end-of-text
         data=DataConfig(tokenizer="characters", sequence_length=64),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, beta2=0.99),
         steps=2000,

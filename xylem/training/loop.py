@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -46,8 +46,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
     tokenizer, samples, a loss curve and ``summary.json``. Stopped by SIGTERM or Ctrl-C it saves and returns; the same
     call continues bit for bit.
 
-    Raises:
-        ConfigError, CheckpointError, BusyError, NonFiniteError: see ``xylem/errors.py``.
+    Raises a ``Failure`` of ``xylem/errors.py``.
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data.cache_dir) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -73,7 +72,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         restored = checkpoints.restore(program.abstract)
         state = make_state(program.create, program.abstract) if restored is None else restored.state
         start = 0 if restored is None else restored.step
-        best = None if restored is None else restored.metadata["best_validation"]
+        best = restored.metadata["best_validation"] if restored else sys.float_info.max
         batches = pipeline.train_iterator(data, config.batch_size, config.seed, start, **hosts)
         if restored is not None:
             batches.set_state(restored.data_state)
@@ -126,7 +125,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
             (row, last), improved = (row_of(*last), None), False
             if due(config.evaluate_every, step) or step == config.steps:
                 row |= validate(config.evaluate_batches)
-                improved = math.isfinite(row["validation_loss"]) and row["validation_loss"] < (best or math.inf)
+                improved = row["validation_loss"] < best  # never so for NaN
                 best = row["validation_loss"] if improved else best
             show(row)
             if (finishing or improved or due(config.save_every, step)) and int(state.nonfinite) == 0:
