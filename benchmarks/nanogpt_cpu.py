@@ -2,7 +2,8 @@
 
     python benchmarks/nanogpt_cpu.py --peer DIR --out result.json     # DIR: a checkout of nanoGPT
 
-4 layers, 4 heads, width 128, context 64, batch 12, 2,000 iterations, dropout 0, characters of WikiText-2; AdamW with betas (0.9, 0.99), 100 steps of warm-up, a cosine from 1e-3 to 1e-4, clipping at 1.
+4 layers, 4 heads, width 128, context 64, batch 12, 2,000 iterations, dropout 0, characters of WikiText-2; AdamW with
+betas (0.9, 0.99), 100 steps of warm-up, a cosine from 1e-3 to 1e-4, clipping at 1.
 Ours is `scripts/pretrain.py nanogpt_cpu` as a user runs it. Theirs is their `model.py` and optimizer under the loop of
 their `train.py`: windows at random places of the text. Seeds alternate, each side a fresh process timed from start to
 end, evaluation of the whole validation split included; both predict the same characters of it in the same windows.

@@ -13,6 +13,7 @@ is of that. float32, no dropout, no clipping. All losses are compared step by st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -195,10 +196,8 @@ class Side:
     def ask(self, steps: int) -> dict:
         """One round; raises RuntimeError with the end of the log when the worker died."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             print(steps, file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} died:\n" + self.log.read_text()[-1500:])
@@ -306,9 +305,8 @@ def compare(figures: dict[str, dict], rounds: dict[str, list[dict]]) -> dict:
     apart = [(max(losses) - min(losses)) / abs(losses[0]) for losses in steps]
     result["loss_difference"] = {"first": apart[0], "greatest": max(apart)}
     result["losses_agree"] = apart[0] <= TOLERANCE and steps[-1][0] < steps[0][0]
-    print(
-        f"losses {steps[0][0]:.4f} -> {steps[-1][0]:.4f}; sides differ by {apart[0]:.1e} at first, {max(apart):.1e} at most"
-    )
+    fell = f"{steps[0][0]:.4f} -> {steps[-1][0]:.4f}"
+    print(f"losses {fell}; sides differ by {apart[0]:.1e} at first, {max(apart):.1e} at most")
     return result
 
 

@@ -332,7 +332,9 @@ def _attention_backward(scale, blocks, saved, g):
     split = partial(rearrange, pattern="B T (K G) H -> B K G T H", G=groups)
     # Row sums of weights * d(weights), from the output instead (2205.14135, appendix B.4, equation 4).
     inner = split((g.astype(F32) * out.astype(F32)).sum(-1, keepdims=True))
-    dqs, dkt, dvt = [], 0.0, 0.0
+    dqs: list[Array] = []
+    dkt: Any = 0.0
+    dvt: Any = 0.0
     for block, log_sum in zip(blocks, sums, strict=True):
         rows, columns = slice(*block[0]), slice(*block[1])
         q, g_rows = split(query[:, rows]), split(g[:, rows])
@@ -395,7 +397,8 @@ def cross_entropy(
     arguments alone.
     """
     static = (head, label_smoothing, z_loss, chunk)
-    loss, nll = _cross_entropy(static, head_params, hidden, labels, weights)
+    sums: Any = _cross_entropy(static, head_params, hidden, labels, weights)
+    loss, nll = sums
     return loss, jax.lax.stop_gradient(nll)
 
 

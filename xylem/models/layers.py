@@ -124,7 +124,7 @@ class MLP(nn.Module):
         if config.gated:
             gate = Dense(config.d_ff, config.init.kernel, config, kernels, name="gate")(x)
             act = fused.gated if kernels.activation else fused.gated_plain
-            inner = act(config.activation, flat(gate), flat(up))
+            inner: Any = act(config.activation, flat(gate), flat(up))
         else:
             act = fused.activation if kernels.activation else fused.activation_plain
             inner = act(config.activation, flat(up))
