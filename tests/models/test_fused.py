@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from xylem.models import fused
+from xylem.models.attention import attend
 from xylem.models.config import Compute
 from xylem.models.masks import Mask
 
@@ -57,9 +58,7 @@ def cross_entropy_case(rng: np.random.Generator, batch: int = 2, length: int = 1
 
 def cases(rng: np.random.Generator) -> dict:
     """name -> (fused, plain twin, arguments); sizes odd and distinct."""
-    m, i, o, vocab = 17, 5, 7, 11
-    ids = jnp.asarray(rng.integers(0, vocab, m), jnp.int32)
-    wide_ids = jnp.asarray(rng.integers(0, fused.ONE_HOT_VOCAB + 1, m), jnp.int32)
+    m, i, o = 17, 5, 7
     x, row = normal(rng, m, i, std=0.3), partial(normal, rng, i)
     query, key, value = normal(rng, 2, 13, 6, 5), normal(rng, 2, 13, 3, 5), normal(rng, 2, 13, 3, 5)
     params, hidden, labels, weights = cross_entropy_case(rng)
@@ -70,12 +69,6 @@ def cases(rng: np.random.Generator) -> dict:
 
     made = {
         "matmul": (fused.matmul, fused.matmul_plain, (normal(rng, m, i), normal(rng, i, o))),
-        "embed one-hot": (lambda t: fused.embed(t, ids), lambda t: fused.embed_plain(t, ids), (normal(rng, vocab, i),)),
-        "embed scatter": (
-            lambda t: fused.embed(t, wide_ids),
-            lambda t: fused.embed_plain(t, wide_ids),
-            (normal(rng, fused.ONE_HOT_VOCAB + 1, 3),),
-        ),
         "layer_norm": (
             lambda *a: fused.layer_norm(*a, 1e-3),
             lambda *a: fused.layer_norm_plain(*a, 1e-3),
@@ -83,8 +76,8 @@ def cases(rng: np.random.Generator) -> dict:
         ),
         "rms_norm": (lambda *a: fused.rms_norm(*a, 1e-3), lambda *a: fused.rms_norm_plain(*a, 1e-3), (x, row())),
         "attention": (
-            lambda *a: fused.attention(*a, Mask(), 0.4, 4),
-            lambda *a: fused.attention_plain(*a, Mask(), 0.4),
+            lambda *a: fused.attention(*a, Mask(), a[0].shape[-1] ** -0.5, 4),
+            lambda *a: attend(*a, Mask()),
             (query, key, value),
         ),
         "cross_entropy": (
@@ -208,21 +201,21 @@ def test_fused_attention_obeys_every_mask(name, chunk, rng_seed):
     args = normal(rng, 2, 13, 6, 5), normal(rng, 2, 13, 2, 5), normal(rng, 2, 13, 2, 5)
 
     def run(function, mask, *args):
-        return with_gradients(lambda *a: function(*a, mask, 0.4), args, rng_seed)
+        return with_gradients(lambda *a: function(*a, mask), args, rng_seed)
 
     # The arrays of a mask are traced, as in a model; a window that is a number stays one and skips blocks.
     static = isinstance(mask.window, int)
     compiled = lambda f: jax.jit(partial(run, f, mask)) if static else partial(jax.jit(partial(run, f)), mask)  # noqa: E731
-    ours = compiled(lambda *a: fused.attention(*a, chunk))(*args)
-    assert apart(ours, compiled(fused.attention_plain)(*args)) <= BAR
+    ours = compiled(lambda *a: fused.attention(*a, 5**-0.5, chunk))(*args)
+    assert apart(ours, compiled(attend)(*args)) <= BAR
 
 
 def test_fused_attention_takes_more_keys_than_queries(rng_seed):
     rng = np.random.default_rng(rng_seed)
     args = normal(rng, 2, 5, 6, 3), normal(rng, 2, 11, 3, 3), normal(rng, 2, 11, 3, 3)
     for mask in (Mask(causal=False), Mask(), Mask(offset=jnp.asarray([6, 2], jnp.int32))):
-        ours = jax.jit(lambda *a, mask=mask: fused.attention(*a, mask, 0.4, 2))
-        plain = jax.jit(lambda *a, mask=mask: fused.attention_plain(*a, mask, 0.4))
+        ours = jax.jit(lambda *a, mask=mask: fused.attention(*a, mask, 3**-0.5, 2))
+        plain = jax.jit(lambda *a, mask=mask: attend(*a, mask))
         assert apart(with_gradients(ours, args, rng_seed), with_gradients(plain, args, rng_seed)) <= BAR
 
 
@@ -266,7 +259,7 @@ def test_fused_attention_needs_less_than_half_the_memory_of_the_square():
 
     # Not linear in the length: XLA:CPU schedules the chunks, which do not depend on each other, side by side.
     ours = lambda *a: fused.attention(*a, Mask(), 0.5, 64)  # noqa: E731
-    assert temporary(ours) < 0.5 * temporary(lambda *a: fused.attention_plain(*a, Mask(), 0.5))
+    assert temporary(ours) < 0.5 * temporary(lambda *a: attend(*a, Mask()))
 
 
 # --- cross-entropy ----------------------------------------------------------------------------------------------------
@@ -508,6 +501,7 @@ def test_choose_settles_auto_by_backend():
     assert not fused.choose(Compute(kernels="plain"), "cpu").attention
     assert fused.choose(Compute(kernels="fused"), "tpu").attention
     assert not fused.choose(Compute(layers="scan"), "cpu").unroll
+    assert not fused.choose(Compute(remat="full"), "cpu").unroll  # unrolled, recomputation saves no memory there
 
 
 def test_choice_loss_chunk_bounds_the_logits(rng_seed):

@@ -29,7 +29,8 @@ from xylem.models.attention import Attention
 from xylem.models.cache import KVCache
 from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice, choose
-from xylem.models.layers import MLP, Adapter, Embed, Norm, einsum, parameter
+from xylem.models.layers import MLP, Adapter, Embed, Norm, parameter
+from xylem.models.leaves import is_leaf
 from xylem.models.masks import Mask
 from xylem.models.positions import rope_tables, segment_positions, sinusoidal
 from xylem.sharding import constrain
@@ -235,7 +236,10 @@ class CausalLM(nn.Module):
             weight, equation = params["embed"]["embedding"], "...d,vd->...v"
         else:
             weight, equation = params["head"]["kernel"], "...d,dv->...v"
-        return einsum(equation, hidden, weight).astype(jnp.float32)
+        if is_leaf(weight):
+            return weight.einsum(equation, hidden).astype(jnp.float32)
+        # Summed and kept in float32 even where both sides are bfloat16.
+        return jnp.einsum(equation, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     @nn.nowrap
     def head_params(self, params: dict[str, Any]) -> dict[str, Any]:
