@@ -35,7 +35,7 @@ TOLERANCE = 1e-3  # relative, between the losses of two sides at the same step
 
 @dataclass(frozen=True)
 class Workload:
-    """One network, its batch and its peers, the first of which the ratio is to."""
+    """One network and its batch."""
 
     family: str
     layers: int
@@ -183,7 +183,8 @@ class Side:
         threads = {f"{x}_NUM_THREADS": str(args.threads) for x in ("OMP", "MKL", "OPENBLAS")}
         # XLA sizes its pool by the CPUs this process may run on; the others obey the variables.
         cpus = sorted(os.sched_getaffinity(0))[: args.threads]
-        env = {**os.environ, **ALLOCATOR, **threads, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        env = {**os.environ, **threads, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        env |= ALLOCATOR if args.allocator == "ours" else {}
         self.process = subprocess.Popen(
             ["taskset", "-c", ",".join(map(str, cpus)), *command],
             stdin=subprocess.PIPE,
@@ -299,8 +300,11 @@ def compare(figures: dict[str, dict], rounds: dict[str, list[dict]]) -> dict:
             "memory_ratio": figures[us]["peak_rss_bytes"] / figures[peer]["peak_rss_bytes"],
         }
         middle, low, high = result["speed_ratio_by_round"]
-        print(f"\n{us} to {peer}: {result['speed_ratio']:.3f}x the speed by medians ({middle:.3f} by round, {low:.3f}-")
-        print(f"{high:.3f}), {result['cpu_ratio']:.3f}x the CPU time, {result['memory_ratio']:.3f}x the memory")
+        print(f"\n{us} to {peer}, the fastest peer: {result['speed_ratio']:.3f}x the speed by medians")
+        print(
+            f"  round by round {middle:.3f} ({low:.3f}-{high:.3f}); {result['cpu_ratio']:.3f}x the CPU time, ", end=""
+        )
+        print(f"{result['memory_ratio']:.3f}x the memory")
     steps = list(zip(*(f["losses"] for f in figures.values()), strict=True))
     apart = [(max(losses) - min(losses)) / abs(losses[0]) for losses in steps]
     result["loss_difference"] = {"first": apart[0], "greatest": max(apart)}
@@ -324,6 +328,9 @@ def main() -> None:
         "--pause", type=float, default=0.5, help="seconds between two turns, for spinning threads to rest"
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--allocator", choices=["ours", "default"], default="ours", help="glibc settings of all sides (xylem/launch.py)"
+    )
     parser.add_argument("--out", type=Path, help="write everything measured here, as JSON")
     for hidden in ("--worker", "--weights", "--export"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

@@ -112,14 +112,13 @@ def test_fused_survives_transformations(name, rng_seed):
     def scanned(function):
         def body(carry, each):
             out = jax.checkpoint(function)(*each)
-            return carry + sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(out)), None
+            return carry + sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(out)), None
 
         return lambda *a: jax.lax.scan(body, jnp.zeros(()), a)[0]
 
     for transform in (scanned, jax.vmap):
         left = with_gradients(jax.jit(transform(ours)), doubled, rng_seed)
-        # Twice the bar: the scan adds up sines of either sign, so its sum may be small beside what was added.
-        assert apart(left, with_gradients(jax.jit(transform(plain)), doubled, rng_seed)) <= 2 * BAR
+        assert apart(left, with_gradients(jax.jit(transform(plain)), doubled, rng_seed)) <= BAR
 
 
 @EACH
@@ -193,7 +192,7 @@ def masks(rng: np.random.Generator) -> dict[str, Mask]:
     }
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("chunk", [4, 64])
 @pytest.mark.parametrize("name", list(masks(np.random.default_rng(0))))
 def test_fused_attention_obeys_every_mask(name, chunk, rng_seed):
     rng = np.random.default_rng(rng_seed)
