@@ -37,12 +37,10 @@ EXTRAS = {
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
         "beartype>=0.22",
-        "hypothesis>=6.140",
         "torch==2.13.0; python_version < '3.12'",
         "transformers>=5.0,<6; python_version < '3.12'",
     ],
-    "dev": ["ruff>=0.14", "pyright>=1.1.400", "pre-commit>=4.0", "pip-audit>=2.9"],
-    "docs": ["mkdocs-material>=9.6"],
+    "dev": ["ruff>=0.14", "pyright>=1.1.400"],
 }
 
 setup(
