@@ -23,7 +23,7 @@ def default() -> RunConfig:
         model=model,
         data=DataConfig(corpus="wikitext2", tokenizer="bpe:4096", sequence_length=256),
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, schedule="wsd", warmup_steps=20, decay_fraction=0.4),
-        steps=400,
+        steps=320,
         batch_size=16,
         evaluate_every=100,
         save_every=100,

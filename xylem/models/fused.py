@@ -56,15 +56,6 @@ def _matmul_backward(saved, g):
 matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
 
 
-def embed(table: Float[Array, "V D"], ids: Int[Array, "M"]) -> Float[Array, "M D"]:
-    """Row ``ids[m]`` of the table; NaN where an id is out of range.
-
-    Nothing is written by hand: on XLA:CPU the scatter that autodiff makes of the gradient takes 0.1 ms for 4,096 ids of
-    256 rows, a product with one-hot rows 9 ms; at 8,192 rows 1.5 ms and 460 ms.
-    """
-    return jnp.take(table, ids, axis=0)
-
-
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
@@ -455,7 +446,6 @@ class Choice:
 
     unroll: bool
     matmul: bool
-    embed: bool
     norm: bool
     activation: bool
     attention: bool
@@ -473,12 +463,12 @@ class Choice:
 
 
 def _all(fused: bool, unroll: bool, attention_chunk: int, loss_logits: int) -> Choice:
-    return Choice(unroll, fused, fused, fused, fused, fused, attention_chunk, fused, loss_logits)
+    return Choice(unroll, fused, fused, fused, fused, attention_chunk, fused, loss_logits)
 
 
 PLAIN = _all(fused=False, unroll=False, attention_chunk=0, loss_logits=0)
 # cpu: two Zen 4 threads, jaxlib 0.10.2, 2026-11-23, full AdamW steps, sides interleaved (benchmarks/train_step.py).
-# Scanned layers took 5 to 8% longer than unrolled ones. Chunks of 64, 128 or 256 queries, and of 2**24, 2**25 or 2**26
+# Scanned layers took 8 to 9% longer than unrolled ones. Chunks of 64, 128 or 256 queries, and of 2**24, 2**25 or 2**26
 # logits, differed by less than the noise, so memory decides: 2.2 GB with a vocabulary of 50,304 (nanoGPT 6.1).
 MEASURED = {"cpu": _all(fused=True, unroll=True, attention_chunk=128, loss_logits=2**25)}
 

@@ -78,7 +78,6 @@ class Embed(nn.Module):
     rows: int
     std: float
     config: TransformerConfig
-    kernels: Choice
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
@@ -86,8 +85,6 @@ class Embed(nn.Module):
         table = parameter(self, "embedding", self.std, (self.rows, self.config.d_model), compute.param_dtype)
         if isinstance(table, Leaf):
             return table.take(ids).astype(compute.dtype)
-        if self.kernels.embed:
-            return fused.embed(table, ids.reshape(-1)).reshape(*ids.shape, -1).astype(compute.dtype)
         return jnp.take(table, ids, axis=0).astype(compute.dtype)
 
 

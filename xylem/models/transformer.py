@@ -152,7 +152,7 @@ def scan_layers(
 
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        # Inside a scan nothing can be merged across iterations; unrolled, the barrier keeps the recomputation real.
+        # Inside a scan nothing can be merged across iterations; unrolled, a barrier asks XLA to recompute all the same.
         body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
     carry, start, kept = (h, cache), 0, []
     for stack in stacks:
@@ -194,12 +194,12 @@ class CausalLM(nn.Module):
         """
         config, kernels = self.config, choose(self.config.compute, jax.default_backend())
         self._check(tokens, segments, token_types, cache)
-        embed = Embed(config.vocab_size, config.init.embedding, config, kernels, name="embed")
+        embed = Embed(config.vocab_size, config.init.embedding, config, name="embed")
         h = embed(tokens) if embeddings is None else embeddings.astype(config.compute.dtype)
         if positions is None:
             positions = self._positions(tokens, segments, cache)
         if config.positions == "learned":
-            h = h + Embed(config.max_length, config.init.positions, config, kernels, name="positions")(positions)
+            h = h + Embed(config.max_length, config.init.positions, config, name="positions")(positions)
         elif config.positions == "sinusoidal":
             h = h + sinusoidal(positions, config.d_model).astype(h.dtype)
         h = constrain(nn.Dropout(config.dropout, deterministic=not train)(h), "batch", None, None)
