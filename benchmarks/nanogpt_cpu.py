@@ -60,8 +60,9 @@ def train_theirs(peer: str, seed: int, steps: int) -> float:
         for group in optimizer.param_groups:
             group["lr"] = rate
         starts = torch.randint(len(stream) - length, (rows,))
-        batch = torch.stack([stream[start : start + length + 1] for start in starts])
-        loss = model(batch[:, :-1], batch[:, 1:])[1]
+        tokens = torch.stack([stream[start : start + length] for start in starts])
+        labels = torch.stack([stream[start + 1 : start + length + 1] for start in starts])
+        loss = model(tokens, labels)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), constants.clip_norm)
         optimizer.step()

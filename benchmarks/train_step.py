@@ -103,6 +103,7 @@ def our_step(workload: Workload, variant: str) -> tuple[Callable[[int], float], 
     import jax
     import jax.numpy as jnp
 
+    from xylem.launch import settle_jax
     from xylem.models import build, hub
     from xylem.sharding import make_mesh
     from xylem.training.config import ObjectiveConfig, OptimizerConfig
@@ -111,6 +112,7 @@ def our_step(workload: Workload, variant: str) -> tuple[Callable[[int], float], 
     from xylem.training.state import abstract_state, make_state, new_state
     from xylem.training.step import train_step
 
+    settle_jax()
     config = our_config(workload, variant)
     module, mesh = build(config), make_mesh(devices=jax.devices()[:1])
     constant = {"schedule": "constant", "warmup_steps": 0, "clip_norm": None}

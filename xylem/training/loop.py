@@ -20,6 +20,7 @@ import numpy as np
 from xylem.data import pipeline
 from xylem.data.config import cache_root
 from xylem.errors import ConfigError, NonFiniteError
+from xylem.launch import settle_jax
 from xylem.sharding import batch_sharding, join_hosts, make_mesh
 from xylem.training import metrics as measure
 from xylem.training import report
@@ -44,12 +45,9 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
 
     The run folder gets the resolved config, versions, ``metrics.jsonl``, TensorBoard events, checkpoints, the
     tokenizer, samples, a loss curve and ``summary.json``. Stopped by SIGTERM or Ctrl-C it saves and returns; the same
-    call continues bit for bit.
-
-    Raises a ``Failure`` of ``xylem/errors.py``.
+    call continues bit for bit. Raises a ``Failure`` of ``xylem/errors.py``.
     """
-    jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data.cache_dir) / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    settle_jax(cache_root(config.data.cache_dir) / "xla")
     join_hosts()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     program = assemble(config, mesh)
