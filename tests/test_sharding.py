@@ -24,7 +24,7 @@ from xylem.training.state import make_state
 ROWS, T, V, STEPS = 8, 11, 34, 6
 PLAIN = Compute(layers="scan", kernels="plain")
 CONFIGS = {
-    "gpt": replace(gpt(2, 12, 4, V, 18), compute=PLAIN),
+    "gpt": replace(gpt(2, 12, 4, V - 1, 18), compute=PLAIN),  # no mesh divides this vocabulary
     "llama": replace(llama(2, 24, 4, 2, 22, V, 18, rope_theta=777.0, norm_eps=1e-4), compute=PLAIN),
 }
 BATCHES = [
@@ -34,7 +34,7 @@ BATCHES = [
         "segments": np.ones((ROWS, T), np.int32),
         "weights": (np.arange(T)[None] < np.array([2, 0, T, 5, T, 3, 7, T])[:, None]).astype(np.float32),
     }
-    for rows in np.random.default_rng(7).integers(0, V, (STEPS, ROWS, T + 1)).astype(np.int32)
+    for rows in np.random.default_rng(7).integers(0, V - 1, (STEPS, ROWS, T + 1)).astype(np.int32)
 ]
 
 
@@ -85,7 +85,8 @@ def test_mesh_really_splits_the_parameters_and_communicates(family):
     part = lambda array: array.addressable_shards[0].data.shape  # noqa: E731
     layers, width = state.params["layers"], config.d_model
     inner = config.num_heads * config.head_dim
-    assert part(state.params["embed"]["embedding"]) == (V // 2, width // 2)
+    vocabulary = {"gpt": V - 1, "llama": V // 2}[family]
+    assert part(state.params["embed"]["embedding"]) == (vocabulary, width // 2)
     assert part(layers["attention"]["query"]["kernel"]) == (2, width // 2, inner // 2)
     assert part(layers["attention"]["output"]["kernel"]) == (2, inner // 2, width // 2)
     assert part(layers["mlp"]["up"]["kernel"]) == (2, width // 2, config.d_ff // 2)
@@ -134,11 +135,20 @@ def test_mesh_takes_all_devices_or_those_asked_for():
 
 @pytest.mark.parametrize(("axis", "sizes"), [("fsdp", (1, 8, 1)), ("tensor", (2, 1, 4))])
 def test_mesh_that_does_not_divide_a_weight_names_axis_and_weight(axis, sizes):
-    params = {"embed": {"embedding": jax.ShapeDtypeStruct((34, 12), jnp.float32)}}
+    params = {"layers": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((3, 12, 34), jnp.float32)}}}}
     mesh, size = make_mesh(*sizes), {"fsdp": 12, "tensor": 34}[axis]
-    message = rf"mesh.{axis}: {mesh.shape[axis]} .* it must divide axis \d of embed/embedding, of size {size}"
+    message = rf"mesh.{axis}: {mesh.shape[axis]} .* it must divide axis \d of layers/mlp/up/kernel, of size {size}"
     with pytest.raises(ConfigError, match=message):
         shardings(params, mesh)
+
+
+def test_mesh_that_does_not_divide_a_vocabulary_leaves_it_whole():
+    shapes = jax.eval_shape(
+        models.build(models.PRESETS["gpt2"]()).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
+    )
+    placed = shardings(shapes["params"], make_mesh(1, 4, 2))
+    assert placed["embed"]["embedding"].spec == P(None, "fsdp")
+    assert placed["layers"]["mlp"]["up"]["kernel"].spec == P(None, "fsdp", "tensor")
 
 
 def test_specs_are_right_aligned():

@@ -40,15 +40,29 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"final_norm/(scale|bias)", P()),
     (r"head/kernel", P("fsdp", "tensor")),
 )
+# Which axis is the vocabulary. Published ones are often divisible by nothing (GPT-2's is 50,257): where the mesh does
+# not divide it, this axis alone stays whole.
+VOCABULARY = {"embed/embedding": 0, "head/kernel": 1}
 
 
 def join_hosts() -> None:
-    """Join the other processes of this run, where the environment says that there are some (a TPU pod, or
-    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID); on one host nothing happens.
+    """Join the other processes of this run, where the environment says that there are some; else nothing happens.
+
+    A TPU pod says so itself. Elsewhere each process is given JAX_COORDINATOR_ADDRESS (host:port of process 0), and
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID unless a cluster manager that jax knows (Slurm, MPI, Kubernetes) tells them.
+
+    Raises:
+        ConfigError: a number among these variables is none.
     """
     pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
     if (pod or "JAX_COORDINATOR_ADDRESS" in os.environ) and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+        numbers = {}
+        for argument in ("num_processes", "process_id"):
+            name = f"JAX_{argument.upper()}"  # jax reads the address, but not these two
+            if name in os.environ and not os.environ[name].isdigit():
+                raise ConfigError(name, os.environ[name], "a whole number: how many processes, and which this is")
+            numbers[argument] = int(os.environ[name]) if name in os.environ else None
+        jax.distributed.initialize(**numbers)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -98,15 +112,23 @@ def param_specs(params: Any) -> Any:
 
 
 def shardings(params: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every array of a parameter tree, after checking that the mesh divides it."""
+    """A NamedSharding for every array of a parameter tree, after checking that the mesh divides it.
+
+    Raises:
+        ConfigError: it does not divide an axis other than ``VOCABULARY``.
+    """
     specs = param_specs(params)
 
     def place(path, weight, spec):
+        name, axes = path_name(path), list(spec)
         for axis, (size, names) in enumerate(zip(weight.shape, spec, strict=False)):
-            if names is not None and size % mesh.shape[names]:
-                allowed = f"it must divide axis {axis} of {path_name(path)}, of size {size}"
+            if names is None or size % mesh.shape[names] == 0:
+                continue
+            if VOCABULARY.get(name) != axis:
+                allowed = f"it must divide axis {axis} of {name}, of size {size}"
                 raise ConfigError(f"mesh.{names}", mesh.shape[names], allowed)
-        return NamedSharding(mesh, spec)
+            axes[axis] = None
+        return NamedSharding(mesh, P(*axes))
 
     return jax.tree_util.tree_map_with_path(place, params, specs)
 

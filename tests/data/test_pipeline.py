@@ -10,7 +10,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from xylem.data import builders, files, pipeline
+from xylem import files
+from xylem.data import builders, pipeline
 from xylem.data.config import DataConfig
 from xylem.errors import CheckpointError, ConfigError
 
@@ -335,7 +336,8 @@ def test_a_killed_preparation_is_repeated_and_its_rest_removed(corpus, tmp_path)
     """The process dies between writing the windows and moving them: nothing counts, and the next call clears it."""
     config = DataConfig(corpus=corpus[0], tokenizer="bytes", sequence_length=LENGTH, cache_dir=str(tmp_path))
     code = (
-        "import os; from xylem.data import files, pipeline; from xylem.data.config import DataConfig\n"
+        "import os; from xylem import files\n"
+        "from xylem.data import pipeline; from xylem.data.config import DataConfig\n"
         "files.os.replace = lambda *_: os._exit(9)\n"
         f"pipeline.prepare({config!r}, lambda line: None)"
     )

@@ -6,8 +6,9 @@ import struct
 import numpy as np
 import pytest
 
-from xylem.data import gguf_vocabulary, tokenizers
+from xylem.data import tokenizers
 from xylem.errors import ConfigError
+from xylem.models import gguf_file
 
 TEXT = 3 * (
     "Voilà: 2024 naïve cafés, 1 ☃ and\r\n\ttabs; <|endoftext|> is text here.  \x00 \u2028 "
@@ -248,7 +249,7 @@ def test_gguf_cut_short_or_lying_about_sizes_is_refused(trained, tmp_path, rng_s
     for count in (2**63, 2**40):
         file.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 4, count))
         with pytest.raises(ConfigError, match=r"a\.gguf"):
-            gguf_vocabulary.metadata(file)
+            gguf_file.header(file)
 
 
 def test_gguf_metadata_agrees_with_the_package_that_defines_the_format(trained, tmp_path):
@@ -257,7 +258,7 @@ def test_gguf_metadata_agrees_with_the_package_that_defines_the_format(trained, 
     write_gguf(tmp_path / "a.gguf", trained)
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
     theirs = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    assert gguf_vocabulary.metadata(tmp_path / "a.gguf") == theirs
+    assert gguf_file.header(tmp_path / "a.gguf")[0] == theirs
 
 
 @pytest.mark.oracle

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from xylem.errors import BusyError, CheckpointError, ConfigError
-from xylem.training.run_folder import drop_after, open_run, write_whole
+from xylem.files import write_whole
+from xylem.training.run_folder import drop_after, open_run
 
 CONFIG = {"steps": 20, "seed": 3, "model": {"d_model": 24, "init": {"kernel": 0.02}}, "splits": ("a", "b")}
 

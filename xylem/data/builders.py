@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from xylem.data import files, progress
+from xylem import files
+from xylem.data import progress
 from xylem.data.corpora import Corpus
 from xylem.data.packing import pack
 from xylem.data.tokenizers import Tokenizer

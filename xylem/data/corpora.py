@@ -12,7 +12,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from xylem.data import files, packages
+from xylem import files
+from xylem.data import packages
 from xylem.data.config import DataConfig, cache_root
 from xylem.errors import ConfigError
 

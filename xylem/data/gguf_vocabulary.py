@@ -4,13 +4,12 @@ Metadata keys: github.com/ggml-org/ggml, docs/gguf.md, "Tokenizer". The file nam
 ``tokenizer.ggml.pre``; what each name means stands only in the source of llama.cpp (``src/llama-vocab.cpp``).
 """
 
-import mmap
-import struct
 from pathlib import Path
 from typing import Any
 
 from xylem.data.tokenizers import BYTE_LEVEL, describe
 from xylem.errors import ConfigError
+from xylem.models.gguf_file import header
 
 _DIGITS = {"type": "Digits", "individual_digits": True}
 # LLaMA 3 (github.com/meta-llama/llama3, llama/tokenizer.py, pat_str).
@@ -33,18 +32,15 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 
 # Kinds of token (gguf.md, token_type): these two are matched in the text before any merge.
 _CONTROL, _USER_DEFINED = 3, 4
-# Types of metadata values (gguf.md, gguf_metadata_value_type): numbers as struct codes, and the two that nest.
-_NUMBERS: dict[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-_STRING, _ARRAY = 8, 9
 
 
 def read(path: Path) -> dict[str, Any]:
     """The arguments that make a ``Tokenizer`` of a GGUF file's metadata, ``name`` apart.
 
     Raises:
-        ConfigError: not a GGUF file, or its vocabulary is of another kind (SentencePiece) or pre-tokenizer.
+        ConfigError: not a whole GGUF file, or its vocabulary is of another kind (SentencePiece) or pre-tokenizer.
     """
-    fields = metadata(path, "tokenizer.")
+    fields, _ = header(path)
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise ConfigError("tokenizer", str(path), f"a GGUF file with a byte-level BPE; this one has {kind!r}")
@@ -76,57 +72,6 @@ def read(path: Path) -> dict[str, Any]:
         "named": {f"{name}_token": text[name] for name in ("bos", "eos") if name in text},
         "chat_template": fields.get("tokenizer.chat_template"),
     }
-
-
-def metadata(path: Path, prefix: str = "") -> dict[str, Any]:
-    """The metadata of a GGUF file whose keys start with ``prefix``; tensors are not touched.
-
-    The reader of the ``gguf`` package makes an array of every string: seconds for a vocabulary that takes a tenth of
-    one here.
-
-    Raises:
-        ConfigError: not a GGUF file (version 2 or 3, little-endian), or cut short.
-    """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            magic, version, _, count = struct.unpack_from("<4sIQQ", data)
-            if magic != b"GGUF" or version not in (2, 3):
-                raise ValueError("it does not begin as one")
-            found, at = {}, struct.calcsize("<4sIQQ")
-            for _ in range(count):
-                key, at = _value(data, at, _STRING)
-                (kind,) = struct.unpack_from("<I", data, at)
-                value, at = _value(data, at + 4, kind)
-                if key.startswith(prefix):
-                    found[key] = value
-            return found
-    except (OSError, ValueError, KeyError, struct.error, RecursionError) as error:
-        raise ConfigError("tokenizer", str(path), f"a GGUF file; it cannot be read ({error})") from error
-
-
-def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
-    """The metadata value of type ``kind`` at offset ``at``, and the offset behind it."""
-    if kind == _STRING:
-        (length,) = struct.unpack_from("<Q", data, at)
-        end = at + 8 + length
-        if end > len(data):
-            raise ValueError("a string runs past its end")
-        return data[at + 8 : end].decode("utf-8", errors="replace"), end
-    if kind == _ARRAY:
-        inner, count = struct.unpack_from("<IQ", data, at)
-        at += 12
-        if inner in _NUMBERS:
-            if count > len(data):
-                raise ValueError("an array runs past its end")
-            form = f"<{count}{_NUMBERS[inner]}"
-            return list(struct.unpack_from(form, data, at)), at + struct.calcsize(form)
-        values = []
-        for _ in range(count):
-            value, at = _value(data, at, inner)
-            values.append(value)
-        return values, at
-    form = f"<{_NUMBERS[kind]}"
-    return struct.unpack_from(form, data, at)[0], at + struct.calcsize(form)
 
 
 def _pair(merge: str, vocabulary: dict[str, int]) -> list[str]:

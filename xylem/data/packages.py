@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from xylem.data import files
+from xylem import files
 from xylem.data.config import cache_root
 from xylem.errors import Failure
 

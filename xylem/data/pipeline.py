@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from xylem.data import corpora, files, progress, tokenizers
+from xylem import files
+from xylem.data import corpora, progress, tokenizers
 from xylem.data.config import TOKENIZER_FORMS, TOKENIZER_NAMES, DataConfig, bpe_size, cache_root
 from xylem.errors import ConfigError
 
@@ -149,7 +150,7 @@ def _build(folder: Path, corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer
             "counts": builder.counts,
             "files": {str(path.relative_to(building)): path.stat().st_size for path in written},
         }
-        files.write_text(building / "manifest.json", json.dumps(manifest, indent=2))
+        files.write_whole(building / "manifest.json", json.dumps(manifest, indent=2))
 
 
 def _finished(folder: Path, tokenizer_hash: str) -> dict[str, dict[str, int]] | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from xylem.data.files import Report
+from xylem.files import Report
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ import tokenizers as backend
 from jaxtyping import Int32
 
 from xylem.data import chat
-from xylem.data.files import write_text
 from xylem.errors import ConfigError
+from xylem.files import disk_full_named, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 # The token between documents goes by these names; a vocabulary with none of them names it in its config (eos_token).
@@ -178,8 +178,9 @@ class Tokenizer:
         # eos_token, bos_token and chat_template are Hugging Face's keys; the other three are ours, and decide here.
         config = {"eos_token": self._config["end_of_text"]} | self._named | self._config
         config["chat_template"] = self.chat_template
-        write_text(folder / "tokenizer.json", json.dumps(self.json, ensure_ascii=False))
-        write_text(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
+        with disk_full_named(folder):
+            write_whole(folder / "tokenizer.json", json.dumps(self.json, ensure_ascii=False))
+            write_whole(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
 
     def _unknown(self, texts: Sequence[str]) -> str:
         known = self._plain.get_vocab()

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from xylem.errors import CheckpointError, ConfigError
+from xylem.files import sync
 from xylem.models import build, shards
 from xylem.models.config import Compute, TransformerConfig
 from xylem.models.conversion import Place, Row, flatten, listed, read, rows_for, write
@@ -106,10 +107,10 @@ def save(
                 shards.write_json(draft / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
             for file in draft.iterdir():
                 file.chmod(0o644)
-                _sync(file)
-            _sync(draft)
+                sync(file)
+            sync(draft)
             os.replace(draft, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -198,11 +199,3 @@ def _write_weights(
         return write(row, layer, flat)
 
     shards.write_folder(folder, plan, tensor, shard_bytes)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,9 +21,7 @@ not on several machines, nor on a network file system.
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +34,25 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from xylem.errors import CheckpointError, ConfigError
-from xylem.training.run_folder import CHECKPOINTS, sync_folder, write_whole
+from xylem.training.manifest import (
+    ARRAYS,
+    COMPLETE,
+    MANIFEST,
+    SAVING,
+    Entry,
+    clean,
+    damage,
+    describe,
+    differences,
+    entries_of,
+    entry_of,
+    first_line,
+    publish,
+    retire,
+    seal,
+)  # fmt: skip
+from xylem.training.run_folder import CHECKPOINTS
 
-ARRAYS, MANIFEST, COMPLETE = "arrays", "manifest.json", "COMPLETE"
-# Hidden names: being written, waiting for a newer one of the same step, waiting to be deleted.
-SAVING, REPLACED, RETIRED = ".saving-", ".replaced-", ".retired-"
 Step = int | Literal["latest", "best"]
 
 
@@ -75,7 +87,7 @@ class Checkpoints:
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
         if jax.process_index() == 0 and self.folder.is_dir():
-            _clean(self.folder)
+            clean(self.folder)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -99,7 +111,7 @@ class Checkpoints:
         if strange:
             raise TypeError(f"only jax arrays are saved, and keys as their key data; not so: {', '.join(strange)}")
         manifest = {"format": 1, "step": step, "best": best, "saved_at": time.time()}
-        manifest |= {"data_state": data_state, "metadata": metadata, "tree": _describe(arrays)}
+        manifest |= {"data_state": data_state, "metadata": metadata, "tree": describe(arrays)}
         manifest = json.loads(json.dumps(manifest))  # as of now, whatever the caller changes later
         building = self.folder / f"{SAVING}{step:08d}"
         future: Future = Future()
@@ -154,7 +166,7 @@ class Checkpoints:
             self._failures = 0
             return None
         self._failures += 1
-        reason = f"{type(error).__name__}: {_first_line(error)}" if error else "another host failed"
+        reason = f"{type(error).__name__}: {first_line(error)}" if error else "another host failed"
         self._notice = (
             f"the checkpoint of step {step} could not be written to {self.folder} ({reason}); "
             f"failure {self._failures} of {self.attempts} in a row"
@@ -164,7 +176,7 @@ class Checkpoints:
         return self._notice
 
     def _whole(self) -> str:
-        whole = [entry.step for entry in _entries(self.folder) if not entry.problem]
+        whole = [entry.step for entry in entries_of(self.folder) if not entry.problem]
         return f"the newest complete checkpoint is step {whole[0]}" if whole else "there is no complete checkpoint"
 
     def _finish(self, building: Path, manifest: dict[str, Any]) -> None:
@@ -172,13 +184,13 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()  # ends with a barrier: all hosts have written
             if jax.process_index() == 0:
-                _seal(self.folder, building, manifest)
-                _publish(building)
+                seal(self.folder, building, manifest)
+                publish(building)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
         if jax.process_index() == 0:
-            _retire(self.folder, self.keep)
+            retire(self.folder, self.keep)
         self._completed_at = time.monotonic()
 
 
@@ -191,7 +203,7 @@ def restore(folder: str | Path, abstract_state: Any, step: Step = "latest") -> R
     "best", is taken or fails. Raises CheckpointError where none can be used, with a table of what differs.
     """
     wanted = _by_path(abstract_state)
-    entry, passed_over = _agree(lambda: _choose(Path(folder), step, lambda tree: _differences(tree, wanted)))
+    entry, passed_over = _agree(lambda: _choose(Path(folder), step, lambda tree: differences(tree, wanted)))
     if entry is None:
         return None
     leaves = _read(entry.path, wanted)
@@ -227,9 +239,9 @@ def load_params(
         if entries[0] not in there:
             raise ConfigError("entries", entries[0], f"the checkpoint holds {', '.join(sorted(there))}", there)
         ours = {short: tree[name] for short, name in stored(tree).items()}
-        return [] if abstract is None else _differences(ours, _by_path(abstract))
+        return [] if abstract is None else differences(ours, _by_path(abstract))
 
-    found, _ = _agree(lambda: _choose(folder, step, check, [_entry(path)] if single else None))
+    found, _ = _agree(lambda: _choose(folder, step, check, [entry_of(path)] if single else None))
     if found is None:
         raise ConfigError("checkpoint", str(path), "it must be a run folder, its checkpoints folder or one checkpoint")
     tree = found.manifest["tree"]
@@ -242,108 +254,14 @@ def load_params(
     return params, found.manifest["metadata"]
 
 
-# ---- writing -----------------------------------------------------------------------------------------------------
-
-
-def _seal(folder: Path, building: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest and marker into a folder whose arrays are written, syncing every file on the way."""
-    there = [entry for entry in _entries(folder) if not entry.problem]
-    # Saved again (after a resume): the same step was already found best.
-    manifest["best"] |= any(entry.step == manifest["step"] and entry.manifest["best"] for entry in there)
-    manifest["serial"] = 1 + max((entry.manifest["serial"] for entry in there), default=0)
-    files = sorted(path for path in building.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(4) as pool:
-        hashes = list(pool.map(lambda path: _sha256(path, sync=True), files))
-    manifest["files"] = {
-        path.relative_to(building).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, hashes, strict=True)
-    }
-    for inner in {path.parent for path in files}:
-        sync_folder(inner)
-    body = json.dumps(manifest, indent=1).encode()
-    write_whole(building / MANIFEST, body)
-    write_whole(building / COMPLETE, hashlib.sha256(body).hexdigest() + "\n")
-
-
-def _publish(building: Path) -> None:
-    """Give a sealed folder its name. At every moment one complete checkpoint of the step can be found by `_clean`."""
-    name = building.name.removeprefix(SAVING)
-    final, replaced = building.with_name(name), building.with_name(REPLACED + name)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    building.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _retire(folder: Path, keep: int) -> None:
-    """Delete complete checkpoints that are neither among the newest `keep` nor the newest best one."""
-    whole = [entry for entry in _entries(folder) if not entry.problem]
-    best = next((entry for entry in whole if entry.manifest["best"]), None)
-    for entry in whole[keep:]:
-        if entry is not best:
-            retired = entry.path.with_name(RETIRED + entry.path.name)
-            entry.path.rename(retired)
-            shutil.rmtree(retired, ignore_errors=True)
-
-
-def _clean(folder: Path) -> None:
-    """Finish or clear away what a killed process left under hidden names."""
-    for path in folder.glob(f"{RETIRED}*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(f"{SAVING}*"):
-        if (path / COMPLETE).exists():
-            _publish(path)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(f"{REPLACED}*"):
-        final = path.with_name(path.name.removeprefix(REPLACED))
-        if final.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.rename(final)
-
-
 # ---- choosing and reading ----------------------------------------------------------------------------------------
 
 
-class _Entry(NamedTuple):
-    path: Path
-    step: int
-    manifest: dict[str, Any]
-    problem: str | None
-
-
-def _entries(folder: Path) -> list[_Entry]:
-    """Checkpoints in `folder`, newest first; those whose age cannot be known (no valid manifest) before all others."""
-    paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    entries = [_entry(path) for path in paths]
-    return sorted(entries, key=lambda e: (e.manifest.get("serial", float("inf")), e.step), reverse=True)
-
-
-def _entry(path: Path) -> _Entry:
-    """Marker and manifest of one checkpoint; `problem` says what is wrong with them."""
-    step = int(path.name) if path.name.isdigit() else -1
-    try:
-        body = (path / MANIFEST).read_bytes()
-        if (path / COMPLETE).read_text().strip() != hashlib.sha256(body).hexdigest():
-            return _Entry(path, step, {}, f"{MANIFEST} is damaged: {COMPLETE} names another SHA-256")
-        manifest = json.loads(body)
-    except FileNotFoundError as error:
-        return _Entry(path, step, {}, f"{Path(error.filename).name} is missing")
-    except (OSError, ValueError) as error:
-        return _Entry(path, step, {}, _first_line(error))
-    if step not in (-1, manifest["step"]):
-        return _Entry(path, step, {}, f"{MANIFEST} is of step {manifest['step']}")
-    return _Entry(path, manifest["step"], manifest, None)
-
-
 def _choose(
-    folder: Path, step: Step, check: Callable[[dict[str, list]], list[str]], entries: list[_Entry] | None = None
-) -> tuple[_Entry | None, list[str]]:
+    folder: Path, step: Step, check: Callable[[dict[str, list]], list[str]], entries: list[Entry] | None = None
+) -> tuple[Entry | None, list[str]]:
     """The newest usable checkpoint and a line for each passed over; for an explicit step, that one or an error."""
-    entries = _entries(folder) if entries is None else entries
+    entries = entries_of(folder) if entries is None else entries
     passed_over = []
     if step == "best":
         passed_over = [f"{entry.path}: {entry.problem}" for entry in entries if entry.problem]
@@ -359,44 +277,13 @@ def _choose(
         problem = entry.problem
         if not problem and (lines := check(entry.manifest["tree"])):
             problem = "\n  ".join(["it does not fit the model", *lines])
-        problem = problem or _damage(entry)
+        problem = problem or damage(entry)
         if not problem:
             return entry, passed_over
         passed_over.append(f"{entry.path}: {problem}")
     if passed_over:
         raise CheckpointError("no checkpoint can be used:\n" + "\n".join(passed_over))
     return None, []
-
-
-def _damage(entry: _Entry) -> str | None:
-    """The first file that is not as the manifest says, or None: sizes first, then every byte."""
-    for name, listed in entry.manifest["files"].items():
-        path = entry.path / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != listed["size"]:
-            return f"{name} has {path.stat().st_size} bytes, {listed['size']} were written"
-    with ThreadPoolExecutor(4) as pool:
-        hashes = pool.map(lambda name: _sha256(entry.path / name), entry.manifest["files"])
-        for (name, listed), digest in zip(entry.manifest["files"].items(), hashes, strict=True):
-            if digest != listed["sha256"]:
-                return f"{name} is damaged (its SHA-256 differs)"
-    return None
-
-
-def _differences(tree: dict[str, list], wanted: Mapping[str, Any], most: int = 20) -> list[str]:
-    """What differs between the arrays of a checkpoint and those of the model, one line each, at most `most`."""
-    ours, lines = _describe(wanted), []
-    for path in sorted({*tree, *ours}):
-        if path not in ours or path not in tree:
-            lines.append(f"{path}: only in the {'checkpoint' if path in tree else 'model'}")
-        elif tree[path] != ours[path]:
-            (shape, dtype), (our_shape, our_dtype) = tree[path], ours[path]
-            shapes = (f"{tuple(shape)} ", f"{tuple(our_shape)} ") if shape != our_shape else ("", "")
-            dtypes = (dtype, our_dtype) if dtype != our_dtype else ("", "")
-            theirs, mine = (f"{s}{d}".strip() for s, d in zip(shapes, dtypes, strict=True))
-            lines.append(f"{path}: checkpoint {theirs}, model {mine}")
-    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
 
 
 def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -436,23 +323,8 @@ def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _describe(leaves: Mapping[str, Any]) -> dict[str, list]:
-    return {path: [list(leaf.shape), str(np.dtype(leaf.dtype))] for path, leaf in leaves.items()}
-
-
 def _is_key(leaf: jax.Array) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _sha256(path: Path, sync: bool = False) -> str:
-    with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: BaseException, most: int = 300) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
 def _anywhere(failed: bool) -> bool:
@@ -464,7 +336,7 @@ def _anywhere(failed: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
 
 
-def _agree(choose: Callable[[], tuple[_Entry | None, list[str]]]) -> tuple[_Entry | None, list[str]]:
+def _agree(choose: Callable[[], tuple[Entry | None, list[str]]]) -> tuple[Entry | None, list[str]]:
     """Process 0 chooses (and alone hashes); the others read the manifest of what it chose."""
     if jax.process_count() == 1:
         return choose()
@@ -482,4 +354,4 @@ def _agree(choose: Callable[[], tuple[_Entry | None, list[str]]]) -> tuple[_Entr
     outcome = bytes(multihost_utils.broadcast_one_to_all(packed)).rstrip(b"\0").decode()
     if outcome == "!":
         raise error or CheckpointError("process 0 found no checkpoint that can be used")
-    return (entry or _entry(Path(outcome)) if outcome else None), passed_over
+    return (entry or entry_of(Path(outcome)) if outcome else None), passed_over

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from xylem.data.corpora import open_corpus
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
+from xylem.files import write_whole
 from xylem.generation.generator import Generator
 from xylem.generation.sampling import Sampling
 from xylem.models.transformer import CausalLM
@@ -21,7 +22,6 @@ from xylem.training import metrics as measure
 from xylem.training.checkpoint import Restored
 from xylem.training.config import RunConfig
 from xylem.training.plots import loss_curve
-from xylem.training.run_folder import write_whole
 from xylem.training.state import TrainState
 
 SAMPLE_TOKENS = 80

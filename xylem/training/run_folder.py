@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from xylem.errors import BusyError, CheckpointError, ConfigError, Failure
+from xylem.files import write_whole
 
 CONFIG, VERSIONS, STARTS, METRICS, CHECKPOINTS, LOCK = (
     "config.json", "versions.json", "starts.jsonl", "metrics.jsonl", "checkpoints", "lock",
@@ -118,30 +119,6 @@ def drop_after(metrics: str | Path, step: int) -> int:
         with _told_as_failure(path):
             write_whole(path, b"".join(line + b"\n" for line in kept))
     return len(lines) - len(kept)
-
-
-def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write `content` so that `path` holds either all of it or what it held before: temp sibling, fsync, rename."""
-    path = Path(path)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(sibling, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable (POSIX: a rename survives a power cut only after this)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def raise_as_failure(path: str | Path, error: OSError) -> NoReturn:

@@ -19,14 +19,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOTHING_FREE = 1 << 20
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+def sha256(path: Path, durable: bool = False) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; ``durable`` syncs the file to the disk first."""
     with path.open("rb") as file:
+        if durable:
+            os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Ask the system to put a file or folder on the disk now."""
+    """Put a file, or the names in a folder, on the disk now (POSIX: a rename survives a power cut only after this)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,24 +58,23 @@ def disk_full_named(folder: Path) -> Iterator[None]:
     except Exception as error:
         if not _tells_of_full_disk(error) and shutil.disk_usage(folder).free > _NOTHING_FREE:
             raise
-        message = f"the disk is full: {folder} has no space for the prepared data (another folder: data.cache_dir)"
+        message = f"the disk is full: {folder} has no space left (prepared data goes elsewhere with data.cache_dir)"
         raise CheckpointError(message) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file that appears whole or not at all."""
-    with disk_full_named(path.parent):
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        sync(path.parent)
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write ``content`` so that ``path`` holds either all of it or what it held before: temp sibling, fsync, rename."""
+    path = Path(path)
+    sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(sibling, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(sibling, path)
+    finally:
+        sibling.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 @contextmanager

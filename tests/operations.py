@@ -1,0 +1,47 @@
+"""What the tests of the fused operations share: random arguments, gradients, and how far two results are apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BAR = 1e-5  # float32, sums of at most a few hundred terms
+
+
+def normal(rng: np.random.Generator, *shape: int, std: float = 1.0) -> jax.Array:
+    return jnp.asarray(std * rng.standard_normal(shape), jnp.float32)
+
+
+def apart(ours, reference) -> float:
+    """The worst of two trees' leaves: largest difference over the reference's largest magnitude."""
+    ours, reference = jax.tree.leaves(ours), jax.tree.leaves(reference)
+    assert [x.shape for x in ours] == [x.shape for x in reference]
+    pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(ours, reference, strict=True)]
+    return max(float(np.max(np.abs(x - y)) / max(float(np.max(np.abs(y))), 1e-30)) for x, y in pairs)
+
+
+def with_gradients(function, args, rng_seed: int):
+    """Outputs and all gradients, for a random cotangent that only the seed decides."""
+    rng = np.random.default_rng(rng_seed)
+    out, pull = jax.vjp(function, *args)
+    return out, pull(jax.tree.map(lambda x: normal(rng, *x.shape).astype(x.dtype), out))
+
+
+def head(params: dict, hidden: jax.Array) -> jax.Array:
+    """A head with a bias, whose third leaf holds whole numbers as a quantized one would."""
+    assert params["code"].dtype == jnp.int8
+    return (hidden @ params["kernel"]).astype(jnp.float32) + jnp.broadcast_to(
+        params["bias"], (*hidden.shape[:-1], params["bias"].shape[0])
+    )
+
+
+def product(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+    """The plainest head."""
+    return hidden @ kernel
+
+
+def cross_entropy_case(rng: np.random.Generator, batch: int = 2, length: int = 11, vocab: int = 13):
+    """Head parameters, hidden states, labels (some -100 where the weight is 0) and weights."""
+    params = {"kernel": normal(rng, 5, vocab), "bias": normal(rng, vocab), "code": jnp.ones((3,), jnp.int8)}
+    weights = jnp.asarray(rng.integers(0, 3, (batch, length)) / 2.0, jnp.float32)
+    labels = jnp.where(weights > 0, jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32), -100)
+    return params, normal(rng, batch, length, 5), labels, weights

@@ -1,0 +1,78 @@
+"""Two processes that find each other through the environment train as one: what happens on each host of a pod."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xylem.errors import ConfigError
+from xylem.sharding import join_hosts
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
+TINY = (
+    *("--model.num-layers", "2", "--model.d-model", "16", "--model.num-heads", "2", "--model.num-kv-heads", "2"),
+    *("--model.head-dim", "8", "--model.d-ff", "24", "--model.vocab-size", "258", "--model.max-length", "32"),
+    *("--data.tokenizer", "bytes", "--data.sequence-length", "16", "--batch-size", "8", "--log-every", "1"),
+    *("--evaluate-every", "2", "--save-every", "2", "--optimizer.name", "adamw", "--optimizer.learning-rate", "1e-3"),
+    *("--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0"),  # the same whatever --steps is
+)
+
+
+def start(folder: Path, run: str, steps: int, *flags: str, **environment: str) -> subprocess.Popen:
+    where = ("--data.corpus", str(folder / "text.txt"), "--data.cache-dir", str(folder / "cache"))
+    command = [sys.executable, str(SCRIPT), *TINY, *where, "--run-dir", str(folder / run), "--steps", str(steps)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *flags], env={**os.environ, "XLA_FLAGS": "", **environment}, **pipes)
+
+
+def on_two_hosts(folder: Path, run: str, steps: int, *flags: str) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    host = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [start(folder, run, steps, *flags, **host, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+def rows(folder: Path, run: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(580)
+def test_two_hosts_train_resume_and_validate_as_one(tmp_path, proof, rng_seed):
+    """fsdp over two processes of one device, stopped after 2 of 4 steps, against one process with one device."""
+    words = np.random.default_rng(rng_seed).integers(0, 26, (400, 5)) + ord("a")
+    (tmp_path / "text.txt").write_text(" ".join(bytes(word.tolist()).decode() for word in words))
+    alone = start(tmp_path, "alone", 4)
+    output = alone.communicate(timeout=240)[0]
+    assert alone.returncode == 0, output
+    on_two_hosts(tmp_path, "hosts", 2, "--mesh.fsdp", "2")
+    first, second = on_two_hosts(tmp_path, "hosts", 4, "--mesh.fsdp", "2")
+    assert "step 4/4" in first and "resum" in (first + second).lower()
+
+    names = ("loss", "gradient_norm", "validation_loss")
+    ours, theirs = (
+        [[row[name] for name in names if name in row] for row in rows(tmp_path, run)] for run in ("hosts", "alone")
+    )
+    assert [len(row) for row in ours] == [len(row) for row in theirs] == [2, 3, 2, 3]
+    apart = np.concatenate(ours) / np.concatenate(theirs) - 1
+    error = np.abs(apart).max()
+    # The mutation: steps told apart by less than the bar would let a host that sees other rows pass.
+    assert abs(theirs[1][0] / theirs[0][0] - 1) > 1e-4
+    mutation = "the losses of another step differ by more than the bar"
+    proof("two hosts: loss, gradient norm, validation, resumed", "one process", error, 1e-5, rng_seed, mutation)
+
+
+def test_hosts_numbers_that_are_none_are_named(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES: 'two'"):
+        join_hosts()
