@@ -207,14 +207,25 @@ def attention(
 
     As in FlashAttention (2205.14135, section 3.1, appendix B.4) one log-sum-exp a row is kept and the backward pass
     recomputes the weights: nothing of size T x S lives between the two. ``chunk`` grows where it would give more than
-    ``MAX_BLOCKS`` blocks, each of which is compiled.
+    ``MAX_BLOCKS`` blocks, each of which is compiled. Where there are few, the rows of the batch are cut too: the parts
+    stay in the cache, and one's small operations run beside another's products.
     """
-    chunk = max(chunk, -(-query.shape[1] // MAX_BLOCKS))
-    blocks = tuple(_blocks(mask, query.shape[1], key.shape[1], chunk))
-    return _attention(scale, blocks, query, key, value, mask)
+    batch, queries = query.shape[:2]
+    chunk = max(chunk, -(-queries // MAX_BLOCKS))
+    blocks = tuple(_blocks(mask, queries, key.shape[1], chunk))
+    mesh = jax.sharding.get_abstract_mesh()
+    most = FEW_BLOCKS // len(blocks) if mesh.empty or mesh.size == 1 else 1  # rows that a mesh has split are left alone
+    parts = next((count for count in range(min(most, MAX_PARTS), 1, -1) if batch % count == 0), 1)
+
+    def part(index: int) -> Array:
+        rows = slice(index * batch // parts, (index + 1) * batch // parts)
+        own = jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, (query, key, value, mask))
+        return _attention(scale, blocks, *own)
+
+    return jnp.concatenate([part(index) for index in range(parts)])
 
 
-MAX_BLOCKS = 16
+MAX_BLOCKS, FEW_BLOCKS, MAX_PARTS = 16, 8, 4
 
 
 def _blocks(mask: Mask, queries: int, keys: int, chunk: int):
