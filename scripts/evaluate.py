@@ -26,7 +26,7 @@ class Arguments:
         sequence_length: tokens a window; at most the model's max_length. A run folder's own where not given.
         batch_size: windows at once.
         limit: batches to read; all of the split where not given.
-        dtype: of weights and computation.
+        dtype: of computation; a checkpoint that is not a run of ours is read into it too.
     """
 
     checkpoint: Positional[str]
@@ -52,6 +52,8 @@ def main(arguments: list[str]) -> None:
     model = open_model(parsed.checkpoint, parsed.dtype)
     chosen = {"corpus": parsed.corpus, "sequence_length": parsed.sequence_length}
     data = replace(model.data, **{name: value for name, value in chosen.items() if value is not None})
+    if parsed.corpus is not None:
+        data = replace(data, validation=None)  # the run's own held-out files are no part of another corpus
     figures = evaluate(model, data, parsed.split, parsed.batch_size, parsed.limit)
     print(
         "{split}: loss {loss:.4f} nats/token, perplexity {perplexity:.2f}, {bits_per_byte:.3f} bits per byte "

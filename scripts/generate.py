@@ -30,7 +30,7 @@ class Arguments:
         top_k: draw among the k likeliest.
         top_p: draw among the fewest likeliest whose probabilities reach p.
         seed: of the drawing.
-        dtype: of weights and computation.
+        dtype: of computation; a checkpoint that is not a run of ours is read into it too.
     """
 
     checkpoint: Positional[str]

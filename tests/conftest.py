@@ -1,8 +1,10 @@
 """Eight CPU devices, strict promotion, checked annotations, and the two fixtures every oracle test uses."""
 
+import importlib.util
 import json
 import os
 import secrets
+import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,6 +29,14 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 _proofs: list[dict] = []
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The oracles are installed on Python 3.11 (setup.py); there a missing one fails, elsewhere the reason is told."""
+    if sys.version_info >= (3, 12) and importlib.util.find_spec("torch") is None:
+        for item in items:
+            if item.get_closest_marker("oracle"):
+                item.add_marker(pytest.mark.skip(reason="torch and transformers are installed on Python 3.11 alone"))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -63,6 +64,15 @@ def join_hosts() -> None:
                 raise ConfigError(name, os.environ[name], "a whole number: how many processes, and which this is")
             numbers[argument] = int(os.environ[name]) if name in os.environ else None
         jax.distributed.initialize(**numbers)
+
+
+def anywhere(holds: bool) -> bool:
+    """Whether it holds on any host. All hosts must ask together; each then waits for what its devices still compute."""
+    if jax.process_count() == 1:
+        return holds
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(holds))))
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

@@ -276,9 +276,10 @@ def test_smollm2_ids_agree_with_transformers(proof, rng_seed, tmp_path):
         theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     ours = tokenizers.load(file)
     rng = np.random.default_rng(rng_seed)
-    noise = [
-        "".join(map(chr, rng.choice([*range(32, 127), *range(0xA1, 0x250), 0x2603, 10, 9], 60))) for _ in range(50)
-    ]
+    # transformers drops the pre-tokenizer a GGUF file names, which parts numerals from a space before them; only beyond
+    # ASCII does that show (" ³"), so those are left out.
+    beyond = [number for number in range(0xA1, 0x250) if not chr(number).isnumeric()]
+    noise = ["".join(map(chr, rng.choice([*range(32, 127), *beyond, 0x2603, 10, 9], 60))) for _ in range(50)]
     texts = [TEXT.replace("<|endoftext|>", ""), "In 1984, 3.14159 and 007; don't  stop", *noise]
     wrong = sum(ours.encode(text).tolist() != theirs(text).input_ids for text in texts)
     unsplit = {**tokenizers.BYTE_LEVEL, "use_regex": False}

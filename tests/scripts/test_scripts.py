@@ -87,6 +87,12 @@ def test_a_run_leaves_all_that_it_promises_and_its_model_talks(flags, tmp_path, 
     script("evaluate")([str(folder)])
     out = capfd.readouterr().out
     assert f"{summary['validation_bits_per_byte']:.3f} bits per byte" in out
+    (tmp_path / "other.txt").write_text("Sphinx of black quartz, judge my vow. " * 300)
+    script("evaluate")([str(folder), "--corpus", str(tmp_path / "other.txt")])
+    assert f"{summary['validation_bits_per_byte']:.3f} bits per byte" not in capfd.readouterr().out
+    for flag, value, said in (("--limit", "0", "limit: 0"), ("--sequence-length", "97", "sequence_length: 97")):
+        with pytest.raises(ConfigError, match=said):
+            script("evaluate")([str(folder), flag, value])
 
 
 @pytest.mark.parametrize(
@@ -106,6 +112,7 @@ def test_a_run_leaves_all_that_it_promises_and_its_model_talks(flags, tmp_path, 
         (["--model.vocab-size", "200"], "model.vocab_size: 200"),
         (["--data.corpus", "nowhere.txt"], "nowhere.txt"),
         (["--data.tokenizer", "nothing.json"], "nothing.json"),
+        (["--sample-prompt", "x" * 96], "sample_prompt"),
     ],
 )
 def test_a_mistake_is_one_message_before_anything_is_trained(flags, tmp_path, arguments, said):
@@ -114,6 +121,7 @@ def test_a_mistake_is_one_message_before_anything_is_trained(flags, tmp_path, ar
         script("pretrain")([*named, *flags, *arguments[len(named) :]])
     assert said in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "config.json").exists(), "the mended command may use the same folder"
 
 
 def test_an_empty_corpus_is_named(flags, tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +32,15 @@ def start(folder: Path, run: str, steps: int, *flags: str, **environment: str) -
     return subprocess.Popen([*command, *flags], env={**os.environ, "XLA_FLAGS": "", **environment}, **pipes)
 
 
-def on_two_hosts(folder: Path, run: str, steps: int, *flags: str) -> list[str]:
+def two_hosts(folder: Path, run: str, steps: int, *flags: str) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     host = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    processes = [start(folder, run, steps, *flags, **host, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    return [start(folder, run, steps, *flags, **host, JAX_PROCESS_ID=str(i)) for i in range(2)]
+
+
+def ended_well(processes: list[subprocess.Popen]) -> list[str]:
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     return outputs
@@ -54,9 +59,9 @@ def test_two_hosts_train_resume_and_validate_as_one(tmp_path, proof, rng_seed):
     alone = start(tmp_path, "alone", 4)
     output = alone.communicate(timeout=240)[0]
     assert alone.returncode == 0, output
-    on_two_hosts(tmp_path, "hosts", 2, "--mesh.fsdp", "2")
-    first, second = on_two_hosts(tmp_path, "hosts", 4, "--mesh.fsdp", "2")
-    assert "step 4/4" in first and "resum" in (first + second).lower()
+    ended_well(two_hosts(tmp_path, "hosts", 2, "--mesh.fsdp", "2"))
+    first, _ = ended_well(two_hosts(tmp_path, "hosts", 4, "--mesh.fsdp", "2"))
+    assert "step 4/4" in first and "going on from step 2" in first
 
     names = ("loss", "gradient_norm", "validation_loss")
     ours, theirs = (
@@ -69,6 +74,22 @@ def test_two_hosts_train_resume_and_validate_as_one(tmp_path, proof, rng_seed):
     assert abs(theirs[1][0] / theirs[0][0] - 1) > 1e-4
     mutation = "the losses of another step differ by more than the bar"
     proof("two hosts: loss, gradient norm, validation, resumed", "one process", error, 1e-5, rng_seed, mutation)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(580)
+def test_signal_to_one_host_stops_both_at_the_same_step_and_saves(tmp_path):
+    (tmp_path / "text.txt").write_text("Pack my box with five dozen liquor jugs. " * 200)
+    processes = two_hosts(tmp_path, "run", 100_000, "--evaluate-every", "0", "--save-every", "0")
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = ended_well(processes)
+    assert "stopped at step" in outputs[0]
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert (saved / "COMPLETE").is_file() and int(saved.name) == rows(tmp_path, "run")[-1]["step"]
 
 
 def test_hosts_numbers_that_are_none_are_named(monkeypatch):

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -302,8 +302,3 @@ def _replaced(corpus: Corpus, identity: str, splits: dict[str, Documents]) -> Co
 
 def _identity(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def text_bytes(documents: Iterable[str]) -> int:
-    """The length of documents in bytes of UTF-8: what bits per byte divides by."""
-    return sum(len(document.encode()) for document in documents)

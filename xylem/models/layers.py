@@ -1,4 +1,4 @@
-"""The layers that own weights. Every parameter of every family is made here, so Flax is met in one file.
+"""The layers that own weights. Every parameter of every family is made here, so the tree is made in one file.
 
 Kernels are matrices (in, out); heads are split by the caller. A layer reads what the tree holds under its name, an
 array or a leaf (``leaves.py``), and checks the shape against what the config asks for.

@@ -34,6 +34,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from xylem.errors import CheckpointError, ConfigError
+from xylem.sharding import anywhere
 from xylem.training.manifest import (
     ARRAYS,
     COMPLETE,
@@ -162,7 +163,7 @@ class Checkpoints:
             return None
         (step, future), self._pending = self._pending, None
         error = future.exception()
-        if not _anywhere(error is not None):
+        if not anywhere(error is not None):
             self._failures = 0
             return None
         self._failures += 1
@@ -325,15 +326,6 @@ def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_key(leaf: jax.Array) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _anywhere(failed: bool) -> bool:
-    """Whether it failed on any host."""
-    if jax.process_count() == 1:
-        return failed
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
 
 
 def _agree(choose: Callable[[], tuple[Entry | None, list[str]]]) -> tuple[Entry | None, list[str]]:

@@ -11,6 +11,7 @@ import jax
 
 from xylem.data import pipeline
 from xylem.data.config import DataConfig
+from xylem.errors import ConfigError
 from xylem.training import metrics
 from xylem.training.config import ObjectiveConfig
 from xylem.training.objectives import Sums, causal_lm
@@ -37,9 +38,16 @@ def evaluate(model: Model, data: DataConfig, split: str, batch_size: int, limit:
     """``figures`` of the first ``limit`` batches of a split, or of all, and how many ``tokens`` were predicted.
 
     Raises:
-        ConfigError: the corpus or the split does not exist, or ``data``'s tokenizer is not the model's.
+        ConfigError: the corpus or the split does not exist, a size is impossible, or ``data``'s tokenizer is not the
+            model's.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError("limit", limit, "at least 1 batch is read")
+    if data.sequence_length > (most := model.module.config.max_length):
+        raise ConfigError("sequence_length", data.sequence_length, f"the model reads at most {most} tokens")
     prepared = pipeline.prepare(data)
+    if prepared.tokenizer.hash != model.tokenizer.hash:
+        raise ConfigError("data.tokenizer", data.tokenizer, "it is not the one the model was trained with")
     step = jax.jit(partial(eval_step, loss=partial(causal_lm, model.module, ObjectiveConfig())))
     batches = itertools.islice(pipeline.eval_batches(prepared, split, batch_size), limit)
     sums = [step(model.params, batch) for batch in batches]

@@ -21,7 +21,7 @@ from xylem.data import pipeline
 from xylem.data.config import cache_root
 from xylem.errors import ConfigError, NonFiniteError
 from xylem.launch import settle_jax
-from xylem.sharding import batch_sharding, join_hosts, make_mesh
+from xylem.sharding import anywhere, batch_sharding, join_hosts, make_mesh
 from xylem.training import metrics as measure
 from xylem.training import report
 from xylem.training.checkpoint import Checkpoints
@@ -87,7 +87,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
 
         def validate(limit: int | None) -> dict[str, float]:
             """Figures of the first ``limit`` validation batches, or of all; of the averaged weights where kept."""
-            held_out = pipeline.eval_batches(data, "validation", config.batch_size, **hosts)
+            held_out = pipeline.eval_batches(data, "validation", config.batch_size // config.accumulate, **hosts)
             params = state.averaged
             sums = [program.validate(params, jax.tree.map(place, b)) for b in itertools.islice(held_out, limit)]
             named = figures(sums, data.counts["validation"])
@@ -117,7 +117,8 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
             if notice := checkpoints.poll():
                 screen.note(notice)
             last = (step, computed)
-            finishing = step == config.steps or stop()
+            asking = hosts["process_count"] == 1 or due(config.log_every or 1, step)
+            finishing = step == config.steps or (asking and anywhere(stop()))  # hosts agree, which waits for devices
             if not finishing and not any(due(every, step) for every in events):
                 continue
             (row, last), improved = (row_of(*last), None), False

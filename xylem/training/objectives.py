@@ -24,9 +24,6 @@ class Sums(struct.PyTreeNode):
     nll: Float[Array, ""] | Any
     weight: Float[Array, ""] | Any
 
-    def __add__(self, other: Sums) -> Sums:
-        return jax.tree.map(lambda a, b: a + b, self, other)
-
 
 def causal_lm(
     module: CausalLM,

@@ -47,8 +47,10 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     if (path / "checkpoints").is_dir():
         params, metadata = _open_run(path)
         run = from_dict(RunConfig, metadata["config"])
-        config, data = run.model, run.data
+        config = run.model
         tokenizer = tokenizers.load(path / "tokenizer")
+        # Another text is then read with the model's tokenizer, and none is made anew.
+        data = replace(run.data, tokenizer=str(path / "tokenizer"))
         if tokenizer.hash != metadata["tokenizer_hash"]:
             raise ConfigError(
                 "tokenizer", str(path / "tokenizer"), "it is not the one this checkpoint was trained with"

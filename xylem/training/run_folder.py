@@ -93,7 +93,12 @@ def open_run(
         run.require_space(needed_bytes)
         with _told_as_failure(path):
             _record_start(path, json.loads(json.dumps(config)), list(argv), changeable)
-        yield run
+        try:
+            yield run
+        except ConfigError:
+            if not run.resumed and not run.checkpoints.exists():
+                (path / CONFIG).unlink()  # nothing was trained: the mended command is not held to the mistake
+            raise
     finally:
         os.close(lock)  # closing frees the lock
 

@@ -62,7 +62,8 @@ def train_step(
     accumulate: int = 1,
     ema: float | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The state after one step, and its metrics: mean ``loss`` and ``nll`` in nats, ``gradient_norm``, ``finite``.
+    """The state after one step, and its metrics: mean ``loss`` and ``nll`` in nats, ``gradient_norm``, and
+    ``nonfinite``, how many steps in a row had a gradient that was not finite.
 
     When a gradient is not finite nothing is learned from the batch: the step counts, all else stays as it was.
     """
