@@ -51,7 +51,7 @@ from xylem.training.manifest import (
     publish,
     retire,
     seal,
-)  # fmt: skip
+)
 from xylem.training.run_folder import CHECKPOINTS
 
 Step = int | Literal["latest", "best"]

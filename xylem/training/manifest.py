@@ -146,8 +146,10 @@ def differences(tree: dict[str, list], wanted: Mapping[str, Any], most: int = 20
 
 
 def describe(leaves: Mapping[str, Any]) -> dict[str, list]:
+    """Shape and dtype of each array by its path, as a manifest holds them."""
     return {path: [list(leaf.shape), str(np.dtype(leaf.dtype))] for path, leaf in leaves.items()}
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, in one line of at most `most` characters; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
