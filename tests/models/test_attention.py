@@ -45,6 +45,24 @@ def test_cache_rewinds_rows_to_unequal_lengths(case):
         assert apart(out.logits[row], logits(module, params, alone)[0, -2:]) <= BAR
 
 
+def test_cache_forgets_padding(case, proof, rng_seed):
+    config, module, params, tokens = case
+    lengths = jnp.array([9, 4, 6])
+    real = (jnp.arange(9)[None] < lengths[:, None]).astype(jnp.int32)
+    cache = apply(module, params, tokens[:, :9], segments=real, cache=module.init_cache(B, T)).cache
+    assert cache.lengths.tolist() == lengths.tolist()
+    remembering = apply(module, params, tokens[:, :9], cache=module.init_cache(B, T)).cache
+
+    def error(cache):
+        out = apply(module, params, tokens[:, 9:11], cache=cache).logits
+        alone = [jnp.concatenate([tokens[row, : lengths[row]], tokens[row, 9:11]])[None] for row in range(B)]
+        return max(apart(out[row], logits(module, params, ids)[0, -2:]) for row, ids in enumerate(alone))
+
+    assert error(remembering) > BAR
+    row = f"cache: prompts of unequal length ({config.family})"
+    proof(row, "each row alone", error(cache), BAR, rng_seed, "padding remembered")
+
+
 def test_cache_select_follows_its_rows(case):
     config, module, params, tokens = case
     rows = jnp.array([2, 0, 0, 1])
@@ -95,6 +113,7 @@ def test_attend_equals_a_numpy_loop(rng_seed, proof):
     heads, kv_heads, width = 6, 3, 5
     q, k, v = (rng.normal(size=(2, n, h, width)) for n, h in ((7, heads), (9, kv_heads), (9, kv_heads)))
     segments = rng.integers(0, 3, (2, 9))
+    segments[0] = 1  # a row of one document, where a window one wider always shows
     spec = Mask(window=4, query_segments=jnp.array(segments[:, 2:]), key_segments=jnp.array(segments),
                 offset=jnp.array([2, 2]))  # fmt: skip
     inputs = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]

@@ -39,7 +39,7 @@ LLAMA = dict(
     ids=["gpt_char", "gpt_bpe", "llama"],
 )
 def test_metrics_flops_equal_the_published_counts(changes, length, millions):
-    assert metrics.train_flops_per_token(config(**changes), length) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert config(**changes).train_flops_per_token(length) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 def test_metrics_flops_equal_what_the_compiler_counts(proof, rng_seed):
@@ -66,10 +66,10 @@ def test_metrics_flops_equal_what_the_compiler_counts(proof, rng_seed):
     def counted(function):
         return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"] / length
 
-    ours = metrics.train_flops_per_token(sizes, 2 * length)
+    ours = sizes.train_flops_per_token(2 * length)
     forward = 3 * counted(products)
     error = abs(ours - forward) / forward
-    wrong = abs(metrics.train_flops_per_token(config(**{**vars_of(sizes), "activation": "silu"}), 2 * length) - forward)
+    wrong = abs(config(**{**vars_of(sizes), "activation": "silu"}).train_flops_per_token(2 * length) - forward)
     assert wrong / forward > 0.02
     proof("metrics: analytic FLOPs", "XLA cost analysis of the forward products, x3", error, 0.02, rng_seed, "no gate")
 

@@ -11,14 +11,14 @@ from jaxtyping import PRNGKeyArray
 
 from xylem.data.tokenizers import Tokenizer
 from xylem.generation.sampling import Sampling, generate
-from xylem.models.transformer import CausalLM
+from xylem.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class Generator:
     """``Generator(module, params, tokenizer)(texts, sampling)`` continues texts; what prompting and servers call."""
 
-    module: CausalLM
+    module: LanguageModel
     params: Any
     tokenizer: Tokenizer
 

@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.errors import ConfigError
-from xylem.models.cache import KVCache
-from xylem.models.transformer import CausalLM
+from xylem.models.language_model import LanguageModel
 
 BUCKET = 32  # prompt lengths and budgets are rounded up to this, so that few shapes are ever compiled
 
@@ -86,7 +85,7 @@ def draw(logits: Float[Array, "B V"], sampling: Sampling, key: PRNGKeyArray) -> 
 
 @partial(jax.jit, static_argnames=("module", "sampling", "capacity", "budget"))
 def _loop(
-    module: CausalLM,
+    module: LanguageModel,
     params: Any,
     prompts: Int[Array, "B T"],
     lengths: Int[Array, "B"],
@@ -98,7 +97,8 @@ def _loop(
 ) -> tuple[Int[Array, "B U"], Int[Array, "B"]]:
     """Read the prompts, then write until every row has stopped; returns tokens and how many of each row count."""
     batch = prompts.shape[0]
-    out: Any = module.apply({"params": params}, prompts, cache=KVCache.init(module.config, batch, capacity))
+    real = (jnp.arange(prompts.shape[1])[None, :] < lengths[:, None]).astype(jnp.int32)
+    out: Any = module.apply({"params": params}, prompts, segments=real, cache=module.init_cache(batch, capacity))
     last = out.hidden[jnp.arange(batch), lengths - 1]  # the head sees one position a row, not the whole prompt
     stop = jnp.array(sampling.stop, jnp.int32)
 
@@ -115,13 +115,13 @@ def _loop(
         return step + 1, out.hidden[:, 0], out.cache, tokens, stopped, counts + ~stopped
 
     nothing = jnp.zeros((batch, budget), jnp.int32), jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
-    start = (jnp.int32(0), last, out.cache.rewind(lengths), *nothing)
+    start = (jnp.int32(0), last, out.cache, *nothing)
     carry = jax.lax.while_loop(unfinished, write, start)
     return carry[3], carry[5]
 
 
 def generate(
-    module: CausalLM, params: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, key: PRNGKeyArray
+    module: LanguageModel, params: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, key: PRNGKeyArray
 ) -> Completions:
     """Continue each prompt (ids, at least one) until a stop token or ``sampling.max_new_tokens``.
 

@@ -24,7 +24,7 @@ from xylem.models import gpt, llama
 from xylem.models.config import TransformerConfig
 
 if TYPE_CHECKING:
-    from xylem.models.transformer import CausalLM
+    from xylem.models.language_model import LanguageModel
 
 _SIZES = {
     gpt: ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"),
@@ -39,7 +39,7 @@ PRESETS: dict[str, Callable[[], TransformerConfig]] = {
 }
 
 
-def build(config: TransformerConfig) -> CausalLM:
+def build(config: TransformerConfig) -> LanguageModel:
     """The module a config describes: ``init``, ``apply``, ``head`` and ``clone`` are its public calls."""
     from xylem.models.transformer import CausalLM
 

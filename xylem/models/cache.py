@@ -1,9 +1,11 @@
-"""What a network remembers between calls: keys and values of the tokens it has read.
+"""What a network remembers between calls: keys and values of the tokens it has read, or the state they left.
 
 A cache is an argument and a result of ``apply``, carried through the scan over layers (as scan inputs and outputs it
 would be copied whole for every token) and safe to donate. Rows have lengths of their own, so a batch may hold prompts
-of unequal length: right-pad them, apply once, and ``rewind`` to the true lengths; what lies beyond a row's length is
-never visible and is overwritten by what comes next.
+of unequal length: pad them on the right and say in ``segments`` which tokens are real; a row forgets its padding.
+
+One protocol: ``lengths`` (tokens of each row), a layer's own ``update``, then ``advance`` once a call; between calls
+``select`` (beams, samples, evicted requests) and ``rewind`` (rejected drafts).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from xylem.models.config import TransformerConfig
 
@@ -54,8 +56,8 @@ class KVCache(struct.PyTreeNode):
         at = lambda array: jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)  # noqa: E731
         return cache, at(cache.key), at(cache.value)
 
-    def advance(self, tokens: int) -> KVCache:
-        """Count the ``tokens`` that every layer has just written."""
+    def advance(self, tokens: Int[Array, "B"] | int) -> KVCache:
+        """Count the ``tokens`` that every layer has just written, of all rows or of each."""
         return self.replace(lengths=self.lengths + tokens)
 
     def rewind(self, lengths: Int[Array, "B"]) -> KVCache:
@@ -63,5 +65,75 @@ class KVCache(struct.PyTreeNode):
         return self.replace(lengths=jnp.minimum(self.lengths, lengths.astype(jnp.int32)))
 
     def select(self, rows: Int[Array, "C"]) -> KVCache:
-        """The cache of rows ``rows``, in that order and as often as named: beams, samples, evicted requests."""
+        """The cache of rows ``rows``, in that order and as often as named."""
         return KVCache(key=self.key[:, rows], value=self.value[:, rows], lengths=self.lengths[rows])
+
+
+class StateCache(struct.PyTreeNode):
+    """What recurrent layers carry from token to token, after the last token of each row and after some before it.
+
+    Attributes:
+        states: a tree of arrays (L, P, B, ...); place p of the second axis is the state p tokens ago.
+        lengths: tokens each row has read.
+    """
+
+    states: Any
+    lengths: Int[Array, "B"] | Any
+
+    @classmethod
+    def init(cls, state: Any, num_layers: int, batch: int, history: int = 0) -> StateCache:
+        """Zero states. ``state`` is a tree of ``jax.ShapeDtypeStruct`` of one layer and one row; ``history`` is how
+        many tokens ``rewind`` may go back."""
+        zeros = lambda leaf: jnp.zeros((num_layers, history + 1, batch, *leaf.shape), leaf.dtype)  # noqa: E731
+        return cls(states=jax.tree.map(zeros, state), lengths=jnp.zeros(batch, jnp.int32))
+
+    @property
+    def history(self) -> int:
+        """How many tokens ``rewind`` may go back."""
+        return jax.tree.leaves(self.states)[0].shape[1] - 1
+
+    def read(self, layer: Int[Array, ""] | int) -> Any:
+        """The state of one layer: a tree of arrays (B, ...)."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)[0], self.states)
+
+    def update(self, layer: Int[Array, ""] | int, trail: Any, padded: Bool[Array, "B"] | None = None) -> StateCache:
+        """Write the states of one layer after its newest tokens, the last token's first: a tree of arrays (p, B, ...).
+
+        ``p`` is at most ``history + 1``; fewer push the older ones back. Rows marked ``padded`` had padding among these
+        tokens: the newest state is right, how many tokens ago the others were is not known, and they become NaN.
+        """
+
+        def write(old, new):
+            kept = jax.lax.dynamic_index_in_dim(old, layer, 0, keepdims=False)
+            row = jnp.concatenate([new.astype(old.dtype), kept], axis=0)[: old.shape[1]]
+            if padded is not None:
+                lost = padded.reshape(1, -1, *[1] * (row.ndim - 2)) & (jnp.arange(row.shape[0]) > 0).reshape(
+                    -1, *[1] * (row.ndim - 1)
+                )
+                row = jnp.where(lost, jnp.nan, row)
+            return jax.lax.dynamic_update_index_in_dim(old, row, layer, 0)
+
+        return self.replace(states=jax.tree.map(write, self.states, trail))
+
+    def advance(self, tokens: Int[Array, "B"] | int) -> StateCache:
+        """Count the ``tokens`` that every layer has just read, of all rows or of each."""
+        return self.replace(lengths=self.lengths + tokens)
+
+    def rewind(self, lengths: Int[Array, "B"]) -> StateCache:
+        """Forget all but the first ``lengths[b]`` tokens of each row.
+
+        A row asked to go back further than ``history`` gets NaN as its state: what was not kept cannot be used unseen.
+        """
+        back = jnp.maximum(self.lengths - lengths.astype(jnp.int32), 0)
+
+        def move(x):
+            places = jnp.arange(x.shape[1])[:, None] + back[None, :]
+            index = jnp.minimum(places, x.shape[1] - 1)[None].reshape(1, *places.shape, *[1] * (x.ndim - 3))
+            known = (places < x.shape[1]).reshape(1, *places.shape, *[1] * (x.ndim - 3))
+            return jnp.where(known, jnp.take_along_axis(x, index, axis=1), jnp.nan)
+
+        return self.replace(states=jax.tree.map(move, self.states), lengths=self.lengths - back)
+
+    def select(self, rows: Int[Array, "C"]) -> StateCache:
+        """The cache of rows ``rows``, in that order and as often as named."""
+        return StateCache(jax.tree.map(lambda x: x[:, :, rows], self.states), self.lengths[rows])

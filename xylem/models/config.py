@@ -143,3 +143,20 @@ class TransformerConfig:
     def gated(self) -> bool:
         """Whether the MLP has a gate matrix."""
         return self.activation in GATED
+
+    def train_flops_per_token(self, sequence_length: int) -> float:
+        """Operations of one training step (forward and backward) for one token of a causal sequence.
+
+            6 x (weights of every matrix product, the output head included, the embedding look-up not)
+          + 6 x layers x sequence_length x heads x head_dim
+
+        One multiply-add is two operations: a weight costs 2 forward and 4 backward. Attention's two products cost
+        4 S N H forward for a query that sees S keys; a causal query sees half of the sequence on average; backward
+        costs twice that: 3 x 4 x T/2 N H. (PaLM, 2204.02311, appendix B, counts the whole square: 12 L T N H.)
+        Rematerialised products are not counted.
+        """
+        query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = self.d_model * (2 * query + 2 * kv)
+        mlp = (3 if self.gated else 2) * self.d_model * self.d_ff
+        weights = self.num_layers * (attention + mlp) + self.d_model * self.vocab_size
+        return 6.0 * weights + 6.0 * self.num_layers * sequence_length * query

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xylem.models.leaves import is_leaf
-from xylem.models.transformer import run_length, runs
+from xylem.models.stack import run_length, runs
 
 Tree = dict[str, Any]
 _RUN = re.compile(r"(?:.*/)?layers(?:_\d+)?(?=/)")

@@ -81,7 +81,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         for line in report.opening(config, data, mesh, state, restored):
             screen.note(line)
         place = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
-        flops = measure.train_flops_per_token(config.model, config.data.sequence_length)
+        flops = config.model.train_flops_per_token(config.data.sequence_length)
         peak = measure.peak_flops(list(mesh.devices.flat))
         meter = measure.Meter(config.batch_size * config.data.sequence_length, flops, peak, config.steps)
 

@@ -1,7 +1,7 @@
 """What is measured while training, as pure functions; and the writers of `metrics.jsonl` and TensorBoard events.
 
-Analytic FLOPs count what the model needs, never what a program spends: rematerialised products and the masked half of
-the attention square are not counted, so that MFU compares programs. One multiply-add is two operations.
+MFU takes the analytic FLOPs of ``config.train_flops_per_token``: what the model needs, never what a program spends, so
+that it compares programs.
 """
 
 import bz2
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xylem.models.config import TransformerConfig
 from xylem.training.run_folder import drop_after, raise_as_failure
 
 # Peak dense bf16 operations a second of one JAX device, by the start of its `device_kind`; the longest fits.
@@ -66,23 +65,6 @@ def reference_bits_per_byte(text: bytes) -> dict[str, float]:
     """Bits a byte of `text` costs the compressors of the standard library at their strongest: a bar to get under."""
     sizes = {"bzip2": len(bz2.compress(text, 9)), "xz": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
     return {name: 8.0 * size / len(text) for name, size in sizes.items()} if text else {}
-
-
-def train_flops_per_token(config: TransformerConfig, sequence_length: int) -> float:
-    """Operations of one training step (forward and backward) for one token of a causal sequence of `sequence_length`.
-
-        6 x (weights of every matrix product, the output head included, the embedding look-up not)
-      + 6 x layers x sequence_length x heads x head_dim
-
-    Each weight costs 2 operations forward and 4 backward. Attention's two products cost 4 S N H forward for a query
-    that sees S keys; a causal query sees half of the sequence on average; backward costs twice that: 3 x 4 x T/2 N H.
-    (PaLM, 2204.02311, appendix B, counts the whole square: 12 L T N H.)
-    """
-    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = config.d_model * (2 * query + 2 * kv)
-    mlp = (3 if config.gated else 2) * config.d_model * config.d_ff
-    weights = config.num_layers * (attention + mlp) + config.d_model * config.vocab_size
-    return 6.0 * weights + 6.0 * config.num_layers * sequence_length * query
 
 
 def mfu(tokens_per_second: float | int, flops_per_token: float | int, peak: float | int | None) -> float | None:

@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xylem.models import fused
-from xylem.models.transformer import CausalLM
+from xylem.models.language_model import LanguageModel
 from xylem.training.config import ObjectiveConfig
 
 
@@ -26,7 +26,7 @@ class Sums(struct.PyTreeNode):
 
 
 def causal_lm(
-    module: CausalLM,
+    module: LanguageModel,
     config: ObjectiveConfig,
     params: Any,
     batch: dict[str, Array],

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from xylem import models
 from xylem.errors import ConfigError
-from xylem.models.transformer import CausalLM
+from xylem.models.language_model import LanguageModel
 from xylem.sharding import BATCH
 from xylem.training.config import RunConfig
 from xylem.training.objectives import causal_lm
@@ -34,7 +34,7 @@ class Program(NamedTuple):
         validate: (params, batch) -> sums, jitted.
     """
 
-    module: CausalLM
+    module: LanguageModel
     create: Callable[[], TrainState]
     abstract: TrainState
     step: Any

@@ -17,7 +17,7 @@ from xylem.errors import ConfigError
 from xylem.files import write_whole
 from xylem.generation.generator import Generator
 from xylem.generation.sampling import Sampling
-from xylem.models.transformer import CausalLM
+from xylem.models.language_model import LanguageModel
 from xylem.peft import tree
 from xylem.training import metrics as measure
 from xylem.training.checkpoint import Restored
@@ -55,7 +55,7 @@ def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, re
     return lines
 
 
-def sample(module: CausalLM, params: Any, tokenizer: Tokenizer, prompt: str) -> str:
+def sample(module: LanguageModel, params: Any, tokenizer: Tokenizer, prompt: str) -> str:
     """The prompt and what the model continues it with, always from the same randomness."""
     room = module.config.max_length - len(tokenizer.encode(prompt)) - 1
     sampling = Sampling(max_new_tokens=max(1, min(SAMPLE_TOKENS, room)), temperature=0.8, top_p=0.95)
@@ -73,7 +73,7 @@ def closing(
     config: RunConfig,
     folder: Path,
     data: Prepared,
-    module: CausalLM,
+    module: LanguageModel,
     params: Any,
     final: dict[str, Any],
     note: Callable[[str], None],

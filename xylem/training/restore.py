@@ -14,7 +14,7 @@ from xylem.data.pretrained import PRETRAINED, pretrained
 from xylem.errors import ConfigError
 from xylem.models import hub
 from xylem.models.config import from_dict
-from xylem.models.transformer import CausalLM
+from xylem.models.language_model import LanguageModel
 from xylem.training.checkpoint import load_params
 from xylem.training.config import RunConfig
 from xylem.training.run_folder import CONFIG
@@ -23,7 +23,7 @@ from xylem.training.run_folder import CONFIG
 class Model(NamedTuple):
     """A module, its parameters, the tokenizer they were trained with, and the text: a run's own, else WikiText-2."""
 
-    module: CausalLM
+    module: LanguageModel
     params: Any
     tokenizer: tokenizers.Tokenizer
     data: DataConfig
