@@ -9,7 +9,7 @@ import pytest
 
 from xylem import models
 from xylem.errors import ConfigError
-from xylem.generation.sampling import Sampling, draw, filter_logits, generate
+from xylem.generation.sampling import BUCKET, Sampling, _loop, draw, filter_logits, generate
 from xylem.models.config import Compute
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
@@ -119,6 +119,17 @@ def test_the_same_key_draws_the_same_and_another_differs(model):
     call = lambda seed: generate(module, params, [[1, 2, 3]], Sampling(16, 1.0), jax.random.key(seed)).tokens[0]  # noqa: E731
     np.testing.assert_array_equal(call(0), call(0))
     assert not np.array_equal(call(0), call(1))
+
+
+def test_budgets_of_one_bucket_share_a_program_and_a_shorter_one_is_a_beginning(model):
+    module, params = model
+    call = lambda budget: generate(module, params, [[1, 2, 3]], Sampling(budget, 1.0), jax.random.key(0)).tokens[0]  # noqa: E731
+    longest, compiled = call(13), _loop._cache_size()
+    for budget in (1, 2, 7, 12):
+        np.testing.assert_array_equal(call(budget), longest[:budget])
+    assert _loop._cache_size() == compiled
+    assert len(call(BUCKET + 1)) == BUCKET + 1
+    assert _loop._cache_size() == compiled + 1
 
 
 @pytest.mark.parametrize(
