@@ -24,6 +24,7 @@ from xylem.data.config import DataConfig
 from xylem.errors import ConfigError, NonFiniteError
 from xylem.models.config import Compute
 from xylem.models.llama import llama
+from xylem.training import loop
 from xylem.training.checkpoint import load_params
 from xylem.training.config import MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from xylem.training.loop import pretrain
@@ -195,6 +196,20 @@ def test_run_whose_tokenizer_is_larger_than_the_vocabulary_is_refused(base, tmp_
     small = replace(base, model=replace(MODEL, vocab_size=200), run_dir=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"model.vocab_size: 200 .* the tokenizer bytes has 257 tokens"):
         pretrain(small)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"), [("x" * 31, "between 1 and 30 tokens; it has 31"), ("", "between 1 and 30 tokens; it has 0")]
+)
+def test_run_with_an_impossible_sample_prompt_is_refused_before_its_state_is_made(
+    prompt, said, base, tmp_path, monkeypatch
+):
+    def never(*_):
+        raise AssertionError("the state was made")
+
+    monkeypatch.setattr(loop, "make_state", never)
+    with pytest.raises(ConfigError, match=f"sample_prompt: '{prompt}' is not possible; {said}"):
+        pretrain(replace(base, sample_prompt=prompt, run_dir=str(tmp_path / "run")))
 
 
 def test_run_whose_batch_the_mesh_does_not_divide_is_refused_and_leaves_nothing(base, tmp_path):

@@ -19,13 +19,13 @@ import numpy as np
 
 from xylem.data import pipeline
 from xylem.data.config import cache_root
-from xylem.errors import ConfigError, NonFiniteError
+from xylem.errors import NonFiniteError
 from xylem.launch import settle_jax
 from xylem.sharding import anywhere, batch_sharding, join_hosts, make_mesh
 from xylem.training import metrics as measure
 from xylem.training import report
 from xylem.training.checkpoint import Checkpoints
-from xylem.training.config import RunConfig
+from xylem.training.config import RunConfig, check_tokenizer
 from xylem.training.console import console
 from xylem.training.evaluate import figures
 from xylem.training.program import assemble
@@ -60,9 +60,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         space = {"changeable": CHANGEABLE, "needed_bytes": 2 * program.state_bytes}
         run = enter(open_run(config.run_dir, settings, argv, writer=writer, **space))
         data = pipeline.prepare(config.data)
-        if data.tokenizer.vocab_size > config.model.vocab_size:
-            allowed = f"the tokenizer {config.data.tokenizer} has {data.tokenizer.vocab_size} tokens, so at least that"
-            raise ConfigError("model.vocab_size", config.model.vocab_size, allowed)
+        check_tokenizer(config, data.tokenizer)
         if writer:
             data.tokenizer.save(run.path / "tokenizer")
         checkpoints = enter(Checkpoints(run.checkpoints, config.keep))

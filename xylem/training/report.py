@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from xylem.data.corpora import open_corpus
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
-from xylem.errors import ConfigError
 from xylem.files import write_whole
 from xylem.generation.generator import Generator
 from xylem.generation.sampling import Sampling
@@ -29,15 +28,7 @@ SAMPLE_TOKENS = 80
 
 
 def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, restored: Restored | None) -> list[str]:
-    """Lines that say what is about to be trained, on what, and from where.
-
-    Raises:
-        ConfigError: the sample prompt leaves no room to write, or cannot be encoded.
-    """
-    prompt = data.tokenizer.encode(config.sample_prompt)
-    if not 0 < len(prompt) < config.model.max_length - 1:
-        allowed = f"between 1 and {config.model.max_length - 2} tokens; it has {len(prompt)}"
-        raise ConfigError("sample_prompt", config.sample_prompt, allowed)
+    """Lines that say what is about to be trained, on what, and from where."""
     model, train = config.model, data.counts["train"]
     batch_tokens = config.batch_size * config.data.sequence_length
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
