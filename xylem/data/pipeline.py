@@ -29,6 +29,7 @@ class Prepared:
 
     Attributes:
         config: what was asked for.
+        corpus: the text it was made of.
         key: identifies corpus text, tokenizer, window length and format; a checkpoint of the iterator carries it.
         folder: where it lies.
         tokenizer: the tokenizer of its ids.
@@ -37,6 +38,7 @@ class Prepared:
     """
 
     config: DataConfig
+    corpus: corpora.Corpus
     key: str
     folder: Path
     tokenizer: tokenizers.Tokenizer
@@ -128,7 +130,7 @@ def prepare(config: DataConfig, report: files.Report = print) -> Prepared:
             counts = _finished(folder, tokenizer.hash)
     if counts is None:
         raise ConfigError("data.cache_dir", str(root), f"what was just written to {folder} is not there")
-    return Prepared(config, key, folder, tokenizer, counts)
+    return Prepared(config, corpus, key, folder, tokenizer, counts)
 
 
 def _build(folder: Path, corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer, length: int, report: Any) -> None:
