@@ -96,7 +96,7 @@ class RunConfig:
         accumulate: micro-batches a step; the gradient is that of the whole batch.
         ema: decay of the averaged weights that validation and the last checkpoint then also carry; None keeps none.
         log_every, evaluate_every, save_every, sample_every: in steps; 0 turns the last three off until the end.
-        evaluate_batches: validation batches while training; the whole split is read at the end.
+        evaluate_batches: validation batches while training; at the last step the whole split is read.
         keep: checkpoints kept besides the best one.
     """
 

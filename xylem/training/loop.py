@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from xylem.training.checkpoint import Checkpoints
 from xylem.training.config import RunConfig, check_tokenizer
 from xylem.training.console import console
 from xylem.training.evaluate import figures
+from xylem.training.objectives import Sums
 from xylem.training.program import assemble
 from xylem.training.run_folder import open_run
 from xylem.training.schedules import make_schedule
@@ -83,13 +84,14 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         peak = measure.peak_flops(list(mesh.devices.flat))
         meter = measure.Meter(config.batch_size * config.data.sequence_length, flops, peak, config.steps)
 
-        def validate(limit: int | None) -> dict[str, float]:
-            """Figures of the first ``limit`` validation batches, or of all; of the averaged weights where kept."""
-            held_out = pipeline.eval_batches(data, "validation", config.batch_size // config.accumulate, **hosts)
+        def validation() -> Iterator[Sums]:
+            """Sums of each validation batch in turn; of the averaged weights where kept."""
             params = state.averaged
-            sums = [program.validate(params, jax.tree.map(place, b)) for b in itertools.islice(held_out, limit)]
-            named = figures(sums, data.counts["validation"])
-            return {f"validation_{name}": value for name, value in named.items()}
+            for batch in pipeline.eval_batches(data, "validation", config.batch_size // config.accumulate, **hosts):
+                yield program.validate(params, jax.tree.map(place, batch))
+
+        def named(sums: Sequence[Sums]) -> dict[str, float]:
+            return {f"validation_{name}": x for name, x in figures(sums, data.counts["validation"]).items()}
 
         def row_of(step: int, computed: dict[str, Any]) -> dict[str, Any]:
             row = meter.row(step, computed)
@@ -106,7 +108,8 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
                 log(row)
             screen.update(row)
 
-        stop, last, step = enter(stop_requests()), None, start
+        stop, last, step, row = enter(stop_requests()), None, start, {}
+        sums, unread = [], validation()
         events = (config.evaluate_every, config.save_every, config.sample_every)
         for step in range(start + 1, config.steps + 1):
             state, computed = program.step(state, jax.tree.map(place, next(batches)))
@@ -121,10 +124,13 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
                 continue
             (row, last), improved = (row_of(*last), None), False
             if due(config.evaluate_every, step) or step == config.steps:
-                row |= validate(config.evaluate_batches)
+                unread = validation()
+                sums = list(itertools.islice(unread, config.evaluate_batches))
+                row |= named(sums)
                 improved = row["validation_loss"] < best  # never so for NaN
                 best = row["validation_loss"] if improved else best
-            show(row)
+            if step < config.steps:
+                show(row)
             if (finishing or improved or due(config.save_every, step)) and int(state.nonfinite) == 0:
                 metadata = {"config": settings, "tokenizer_hash": data.tokenizer.hash, "best_validation": best}
                 if notice := checkpoints.save(step, state, batches.get_state(), metadata, best=improved):
@@ -139,7 +145,10 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         if step < config.steps:
             screen.note(f"stopped at step {step} of {config.steps}; the same command goes on from the last checkpoint")
             return {"step": step}
-        final = {"step": step, **validate(None)}
+        final = named([*sums, *unread])
+        if row:  # else all was done before
+            show(row | final)  # the last step's row waits for the whole split, its checkpoint does not
+        final = {"step": step, **final}
         return report.closing(config, run.path, data, program.module, state.averaged, final, screen.note)
 
 
