@@ -140,7 +140,7 @@ def _build(folder: Path, corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer
     from xylem.data.builders import PackedText
 
     tfds.disable_progress_bar()
-    with files.whole_folder(folder) as building:
+    with files.disk_full_named(folder.parent), files.whole_folder(folder) as building:
         builder = PackedText(
             corpus=corpus, tokenizer=tokenizer, sequence_length=length, report=report, data_dir=str(building)
         )
@@ -185,7 +185,7 @@ def _tokenizer(config: DataConfig, corpus: corpora.Corpus, root: Path, report: A
             splits = ["train"] if size else list(corpus.splits)
             texts = progress.counted((text for split in splits for text in corpus.splits[split]()), advance)
             made = tokenizers.train_bpe(texts, size) if size else tokenizers.characters(texts)
-        with files.whole_folder(folder) as building:
+        with files.disk_full_named(folder.parent), files.whole_folder(folder) as building:
             made.save(building)
         return tokenizers.load(folder)
 

@@ -28,12 +28,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from xylem.errors import BusyError, CheckpointError, ConfigError, Failure
-from xylem.files import write_whole
+from xylem.files import DISK_FULL, write_whole
 
 CONFIG, VERSIONS, STARTS, METRICS, CHECKPOINTS, LOCK = (
     "config.json", "versions.json", "starts.jsonl", "metrics.jsonl", "checkpoints", "lock",
 )  # fmt: skip
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder(NamedTuple):
