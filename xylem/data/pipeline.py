@@ -1,4 +1,4 @@
-"""From a ``DataConfig`` to batches: ``prepare`` once, then ``train_iterator`` and ``eval_batches``."""
+"""From a ``DataConfig`` to batches: ``prepare`` once, then ``TrainIterator`` and ``eval_batches``."""
 
 import hashlib
 import json
@@ -43,16 +43,6 @@ class Prepared:
     folder: Path
     tokenizer: tokenizers.Tokenizer
     counts: dict[str, dict[str, int]]
-
-    @property
-    def records(self) -> dict[str, int]:
-        """Windows in each split."""
-        return {split: counts["windows"] for split, counts in self.counts.items()}
-
-    @property
-    def bytes(self) -> dict[str, int]:
-        """Bytes of text in each split: bits per byte = sum of the labels' losses in nats / ln 2 / bytes."""
-        return {split: counts["bytes"] for split, counts in self.counts.items()}
 
     @cached_property
     def _builder(self) -> Any:
@@ -212,6 +202,18 @@ class TrainIterator:
         process_index: int = 0,
         process_count: int = 1,
     ):
+        """Start at a global step.
+
+        Args:
+            prepared: what to read.
+            batch_size: rows of the global batch; each host gets ``batch_size / process_count`` of them.
+            seed: the order of the rows, 0 to 2**32 - 1.
+            start_step: the global step of the first batch.
+            process_index, process_count: which host of how many.
+
+        Raises:
+            ConfigError: a batch size that the hosts do not divide, or a seed out of range.
+        """
         import grain
 
         source = prepared.source("train")
@@ -248,32 +250,6 @@ class TrainIterator:
         if not isinstance(state.get("step"), int) or state["step"] < 0:
             raise ConfigError("step", state.get("step"), "a whole number, at least 0")
         self._iterator.set_state(self._iterator.get_state() | {"next_index": state["step"]})
-
-
-def train_iterator(
-    prepared: Prepared,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> TrainIterator:
-    """The training batches of one host from global step ``start_step`` on; see ``TrainIterator``.
-
-    Args:
-        prepared: what to read.
-        batch_size: rows of the global batch; each host gets ``batch_size / process_count`` of them.
-        seed: the order of the rows, 0 to 2**32 - 1.
-        start_step: the global step of the first batch.
-        process_index, process_count: which host of how many.
-
-    Raises:
-        ConfigError: a batch size that the hosts do not divide, or a seed out of range.
-    """
-    return TrainIterator(
-        prepared, batch_size, seed, start_step, process_index=process_index, process_count=process_count
-    )
 
 
 def eval_batches(

@@ -30,7 +30,7 @@ from xylem.training.console import console
 from xylem.training.evaluate import figures
 from xylem.training.objectives import Sums
 from xylem.training.program import assemble
-from xylem.training.run_folder import open_run
+from xylem.training.run_folder import CHECKPOINTS, METRICS, open_run
 from xylem.training.schedules import make_schedule
 from xylem.training.signals import stop_requests
 from xylem.training.state import make_state
@@ -59,22 +59,22 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         space = {"changeable": CHANGEABLE, "needed_bytes": 2 * program.state_bytes}
-        run = enter(open_run(config.run_dir, settings, argv, writer=writer, **space))
+        folder = enter(open_run(config.run_dir, settings, argv, writer=writer, **space))
         data = pipeline.prepare(config.data)
         check_tokenizer(config, data.tokenizer)
         if writer:
-            data.tokenizer.save(run.path / "tokenizer")
-        checkpoints = enter(Checkpoints(run.checkpoints, config.keep))
+            data.tokenizer.save(folder / "tokenizer")
+        checkpoints = enter(Checkpoints(folder / CHECKPOINTS, config.keep))
         enter(jax.set_mesh(mesh))
         restored = checkpoints.restore(program.abstract)
         state = make_state(program.create, program.abstract) if restored is None else restored.state
         start = 0 if restored is None else restored.step
         best = restored.metadata["best_validation"] if restored else sys.float_info.max
-        batches = pipeline.train_iterator(data, config.batch_size, config.seed, start, **hosts)
+        batches = pipeline.TrainIterator(data, config.batch_size, config.seed, start, **hosts)
         if restored is not None:
             batches.set_state(restored.data_state)
 
-        logs = (run.metrics, run.path / "tensorboard") if writer else (None,)
+        logs = (folder / METRICS, folder / "tensorboard") if writer else (None,)
         log = enter(measure.metrics_log(*logs, resumed_at=start))
         screen = enter(console(config.steps, config.log_every))
         for line in report.opening(config, data, mesh, state, restored):
@@ -98,7 +98,8 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
             if row.pop("nonfinite") >= NONFINITE_LIMIT:
                 raise NonFiniteError(
                     f"step {step}: the gradients of {NONFINITE_LIMIT} steps in a row were not finite, and nothing was "
-                    f"learned from them; lower optimizer.learning_rate. The checkpoints in {run.checkpoints} are sound"
+                    f"learned from them; lower optimizer.learning_rate. The checkpoints in {checkpoints.folder} are "
+                    "sound"
                 )
             rate = np.asarray(schedule(step - 1)).item()
             return row | {"learning_rate": rate, "checkpoint_age": checkpoints.age()}
@@ -149,7 +150,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         if row:  # else all was done before
             show(row | final)  # the last step's row waits for the whole split, its checkpoint does not
         final = {"step": step, **final}
-        return report.closing(config, run.path, data, program.module, state.averaged, final, screen.note)
+        return report.closing(config, folder, data, program.module, state.averaged, final, screen.note)
 
 
 def due(every: int, step: int) -> bool:

@@ -21,6 +21,7 @@ from xylem.training import metrics as measure
 from xylem.training.checkpoint import Restored
 from xylem.training.config import RunConfig
 from xylem.training.plots import loss_curve
+from xylem.training.run_folder import CHECKPOINTS, METRICS
 from xylem.training.state import TrainState
 
 SAMPLE_TOKENS = 80
@@ -92,6 +93,6 @@ def closing(
         write_whole(folder / "sample.txt", text + "\n")
         write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         title = f"{config.model.family}, {tree.count(params):,} parameters, on {config.data.corpus}"
-        loss_curve(folder / "metrics.jsonl", folder / "loss.png", bars, title)
-        note(f"loss curve {folder / 'loss.png'}, checkpoints {folder / 'checkpoints'}")
+        loss_curve(folder / METRICS, folder / "loss.png", bars, title)
+        note(f"loss curve {folder / 'loss.png'}, checkpoints {folder / CHECKPOINTS}")
     return summary
