@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from xylem.models import fused
 from xylem.models.attention import Attention
 from xylem.models.cache import KVCache
 from xylem.models.config import TransformerConfig
-from xylem.models.fused import Choice, choose
+from xylem.models.fused import Choice
 from xylem.models.language_model import Head, LanguageModel, Output
 from xylem.models.layers import MLP, Adapter, Embed, Norm
 from xylem.models.masks import Mask
@@ -92,7 +93,7 @@ class CausalLM(LanguageModel):
         ``segments`` say which are real (1) and which are padding on a row's right (0), which the cache forgets.
         ``train=True`` applies dropout and needs ``rngs={"dropout": key}`` when the rate is above 0.
         """
-        config, kernels = self.config, choose(self.config.compute, jax.default_backend())
+        config, kernels = self.config, fused.choose(self.config.compute, jax.default_backend())
         self._check(tokens, token_types)
         embed = Embed(config.vocab_size, config.init.embedding, config, name="embed")
         h = embed(tokens) if embeddings is None else embeddings.astype(config.compute.dtype)
@@ -108,7 +109,8 @@ class CausalLM(LanguageModel):
 
         rope = None
         if config.rope_theta is not None:
-            rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+            tables = fused.rope_tables if kernels.rope else rope_tables
+            rope = tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         # What a cache holds is one document a row, and padding on its right lies after every real query.
         packed = Mask(query_segments=segments, key_segments=segments)
         context = Context(
