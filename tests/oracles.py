@@ -202,3 +202,46 @@ def edited(params: dict, **leaves: Any) -> dict:
     flat = flatten(params)
     assert leaves.keys() <= flat.keys()
     return unflatten({**flat, **leaves})
+
+
+def random_encoder(rng: np.random.Generator, family: str, **values: Any) -> Any:
+    """A BertForPreTraining, RobertaForMaskedLM or AlbertForPreTraining of odd sizes with every parameter random."""
+    import transformers
+
+    heads = int(rng.integers(2, 5))
+    settings = {
+        "vocab_size": int(rng.integers(30, 50)) * 2 + 1,
+        "max_position_embeddings": int(rng.integers(30, 40)),
+        "hidden_size": heads * (2 * int(rng.integers(2, 5)) + 1),
+        "num_hidden_layers": int(rng.integers(2, 4)),
+        "num_attention_heads": heads,
+        "intermediate_size": 2 * int(rng.integers(10, 20)) + 1,
+        "hidden_act": "gelu" if family == "roberta" else str(rng.choice(["gelu_new", "gelu", "relu", "silu"])),
+        "layer_norm_eps": float(10 ** rng.uniform(-6, -2)),
+        "type_vocab_size": 1 if family == "roberta" else 2,
+        "pad_token_id": int(rng.integers(1, 4)) if family == "roberta" else 0,
+        **({"embedding_size": 2 * int(rng.integers(4, 8)) + 1} if family == "albert" else {}),
+        **values,
+    }
+    names = {"bert": "BertForPreTraining", "roberta": "RobertaForMaskedLM", "albert": "AlbertForPreTraining"}
+    config = {"bert": "BertConfig", "roberta": "RobertaConfig", "albert": "AlbertConfig"}[family]
+    made = getattr(transformers, config)(**settings, attn_implementation="eager")
+    return _randomised(getattr(transformers, names[family]), made, rng)
+
+
+def random_gpt1(rng: np.random.Generator, **values: Any) -> Any:
+    """An OpenAIGPTLMHeadModel of odd sizes with every parameter random."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    heads = int(rng.integers(2, 5))
+    settings = {
+        "vocab_size": int(rng.integers(30, 50)) * 2 + 1,
+        "n_positions": int(rng.integers(30, 40)),
+        "n_embd": heads * (2 * int(rng.integers(2, 5)) + 1),
+        "n_layer": int(rng.integers(2, 4)),
+        "n_head": heads,
+        "afn": str(rng.choice(["gelu", "relu", "silu"])),
+        "layer_norm_epsilon": float(10 ** rng.uniform(-6, -2)),
+        **values,
+    }
+    return _randomised(OpenAIGPTLMHeadModel, OpenAIGPTConfig(**settings), rng)

@@ -28,18 +28,25 @@ P = PartitionSpec
 # Column-parallel kernels (in -> split out) feed row-parallel ones (split in -> out): one all-reduce a sublayer.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding", P("tensor", "fsdp")),
-    (r"positions/embedding", P(None, "fsdp")),
-    (r"layers(_\d+)?/attention/(query|key|value)/kernel", P("fsdp", "tensor")),
-    (r"layers(_\d+)?/attention/(query|key|value)/bias", P("tensor")),
+    (r"(positions|token_types)/embedding", P(None, "fsdp")),
+    (r"embed_norm/(scale|bias)", P()),
+    (r"embed_projection/kernel", P("fsdp", "tensor")),
+    (r"embed_projection/bias", P()),
+    (r"layers(_\d+)?/attention/(query|key|value|query_key_value)/kernel", P("fsdp", "tensor")),
+    (r"layers(_\d+)?/attention/(query|key|value|query_key_value)/bias", P("tensor")),
     (r"layers(_\d+)?/attention/output/kernel", P("tensor", "fsdp")),
-    (r"layers(_\d+)?/mlp/(gate|up)/kernel", P("fsdp", "tensor")),
-    (r"layers(_\d+)?/mlp/(gate|up)/bias", P("tensor")),
+    (r"layers(_\d+)?/mlp/(gate|up|up_gate)/kernel", P("fsdp", "tensor")),
+    (r"layers(_\d+)?/mlp/(gate|up|up_gate)/bias", P("tensor")),
     (r"layers(_\d+)?/mlp/down/kernel", P("tensor", "fsdp")),
     (r"layers(_\d+)?/(attention/output|mlp/down)/bias", P()),
     (r"layers(_\d+)?/(attention|mlp)_norm/(scale|bias)", P()),
     (r"layers(_\d+)?/(attention|mlp)_adapter/(down|up)/(kernel|bias)", P()),
     (r"final_norm/(scale|bias)", P()),
     (r"head/kernel", P("fsdp", "tensor")),
+    (r"(head/transform|pooler)/kernel", P("fsdp", "tensor")),
+    (r"pair_head/kernel", P("fsdp")),
+    (r"head/norm/(scale|bias)", P()),
+    (r"(head|head/transform|pooler|pair_head)/bias", P()),
 )
 # Which axis is the vocabulary. Published ones are often divisible by nothing (GPT-2's is 50,257): where the mesh does
 # not divide it, this axis alone stays whole.

@@ -20,14 +20,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from xylem.models import gpt, llama
+from xylem.models import bert, gpt, llama
 from xylem.models.config import TransformerConfig
 
 if TYPE_CHECKING:
     from xylem.models.language_model import LanguageModel
 
 _SIZES = {
-    gpt: ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"),
+    gpt: (
+        *("gpt1", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"),
+        *("gpt3_small", "gpt3_medium", "gpt3_large", "gpt3_xl", "gpt3_2_7b", "gpt3_6_7b", "gpt3_13b", "gpt3_175b"),
+    ),
+    bert: (
+        *("bert_base", "bert_large", "roberta_base", "roberta_large"),
+        *("albert_base", "albert_large", "albert_xlarge", "albert_xxlarge"),
+    ),
     llama: (
         *("llama_7b", "llama_13b", "llama_33b", "llama_65b", "llama2_7b", "llama2_13b", "llama2_70b"),
         *("llama3_8b", "llama3_70b", "llama3_1_8b", "llama3_1_70b", "llama3_1_405b", "llama3_2_1b", "llama3_2_3b"),
@@ -41,6 +48,7 @@ PRESETS: dict[str, Callable[[], TransformerConfig]] = {
 
 def build(config: TransformerConfig) -> LanguageModel:
     """The module a config describes: ``init``, ``apply``, ``head`` and ``clone`` are its public calls."""
+    from xylem.models.masked_lm import MaskedLM
     from xylem.models.transformer import CausalLM
 
-    return CausalLM(config)
+    return CausalLM(config) if config.attention.mask == "causal" else MaskedLM(config)

@@ -6,15 +6,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.models import fused
 from xylem.models.cache import KVCache
 from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice
-from xylem.models.layers import Dense, merge_heads, split_heads
+from xylem.models.layers import Dense, merge_heads, side_by_side, split_heads
 from xylem.models.masks import Mask
 from xylem.models.positions import rotate
+
+
+class Context(struct.PyTreeNode):
+    """What every layer of one call shares; ``bias`` is added to the scores of every head."""
+
+    mask: Mask
+    rope: tuple[Array, Array] | None
+    bias: Float[Array, "#B N T S"] | None
+    rng: PRNGKeyArray | None
+    train: bool = struct.field(pytree_node=False)
 
 
 def attend(
@@ -23,20 +34,22 @@ def attend(
     value: Float[Array, "B S K H"],
     mask: Mask,
     *,
+    scale: float | None = None,
     bias: Float[Array, "#B N T S"] | None = None,
     dropout: float = 0.0,
     rng: PRNGKeyArray | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads: the definition every fast path is held against.
 
-    ``softmax(query @ key / sqrt(H) + bias) @ value`` over the keys the mask allows (1706.03762, section 3.2.1); query
-    head n reads key/value head ``n // (N/K)`` (GQA 2305.13245). A query that may see nothing gets zeros. ``dropout``
-    drops attention weights; it needs ``rng``.
+    ``softmax(scale * query @ key + bias) @ value`` over the keys the mask allows, ``scale`` being ``1 / sqrt(H)`` where
+    none is given (1706.03762, section 3.2.1); query head n reads key/value head ``n // (N/K)`` (GQA 2305.13245). A
+    query that may see nothing gets zeros. ``dropout`` drops attention weights; it needs ``rng``.
     """
     queries, heads, head_dim = query.shape[1:]
     groups = heads // key.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
     query = rearrange(query, "b t (k g) h -> b k g t h", g=groups)
-    scores = jnp.einsum("bkgth,bskh->bkgts", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = jnp.einsum("bkgth,bskh->bkgts", query, key, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores = scores + rearrange(bias, "b (k g) t s -> b k g t s", g=groups)
     allowed = mask.array(queries, key.shape[1])[:, None, None]
@@ -62,28 +75,28 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Mask,
-        rope: tuple[Array, Array] | None,
+        context: Context,
         cache: KVCache | None,
         layer: Int[Array, ""] | int,
-        train: bool,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns the output projection and the cache with this layer's keys and values written into it."""
         config, kernels = self.config, self.kernels
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        query = Dense(heads * head_dim, config.init.kernel, config, kernels, name="query")(x)
-        key = Dense(kv_heads * head_dim, config.init.kernel, config, kernels, name="key")(x)
-        value = Dense(kv_heads * head_dim, config.init.kernel, config, kernels, name="value")(x)
-        query, key, value = (split_heads(each, head_dim) for each in (query, key, value))
-        if rope is not None:
-            query, key = rotate(query, rope), rotate(key, rope)
+        widths = {"query": heads * head_dim, "key": kv_heads * head_dim, "value": kv_heads * head_dim}
+        projected = side_by_side(self, "query_key_value", widths, x, config, kernels)
+        query, key, value = (split_heads(each, head_dim) for each in projected)
+        if context.rope is not None:
+            query, key = rotate(query, context.rope), rotate(key, context.rope)
         if cache is not None:
             cache, key, value = cache.update(layer, key, value)
-        if train and config.dropout > 0.0:
-            out = attend(query, key, value, mask, dropout=config.dropout, rng=self.make_rng("dropout"))
-        elif kernels.attention and cache is None:
-            out = fused.attention(query, key, value, mask, head_dim**-0.5, kernels.attention_chunk)
+        scale = head_dim**-0.5 if config.attention.scale == "head_dim" else 1.0
+        mask = context.mask
+        if context.train and config.dropout > 0.0:
+            dropout = {"dropout": config.dropout, "rng": self.make_rng("dropout")}
+            out = attend(query, key, value, mask, scale=scale, bias=context.bias, **dropout)
+        elif kernels.attention and cache is None and context.bias is None:
+            out = fused.attention(query, key, value, mask, scale, kernels.attention_chunk)
         else:
-            out = attend(query, key, value, mask)
+            out = attend(query, key, value, mask, scale=scale, bias=context.bias)
         out = Dense(x.shape[-1], config.init.residual, config, kernels, name="output")(merge_heads(out))
         return out, cache

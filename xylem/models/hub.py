@@ -25,7 +25,7 @@ from xylem.files import sync
 from xylem.models import build, shards
 from xylem.models.config import Compute, TransformerConfig
 from xylem.models.conversion import Place, Row, flatten, listed, read, rows_for, write
-from xylem.models.families import FAMILIES, Family
+from xylem.models.families import FAMILIES, NAMES, Family
 
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 2 << 30
@@ -40,8 +40,8 @@ def load(
     megabytes at a time; jax on a CPU adopts it without a copy, an accelerator takes it before the next one is made.
 
     Args:
-        folder_or_file: a Hugging Face folder (``config.json`` and safetensors, whole or sharded) of GPT-2 or LLaMA, or
-            a GGUF file of the LLaMA family.
+        folder_or_file: a Hugging Face folder (``config.json`` and safetensors, whole or sharded) of one of the
+            ``FAMILIES``, or a GGUF file of the LLaMA family.
         dtype: ``float32`` or ``bfloat16``: of the returned parameters, and of ``config.compute``.
         place: (path, NumPy value) -> what the tree shall hold; ``jax.device_put`` to the default device unless given.
 
@@ -56,12 +56,14 @@ def load(
     if path.suffix == ".gguf":
         from xylem.models import gguf
 
-        config, rows, sources = gguf.open_file(path)
+        (config, rows, sources), optional = gguf.open_file(path), ()
     else:
-        config, rows, sources = _open_folder(path)
+        config, family, sources = _open_folder(path)
+        rows, optional = family.rows, family.optional
     config = replace(config, compute=Compute(dtype=name, param_dtype=name))
     place = place or (lambda _, leaf: jax.device_put(leaf))
-    return config, read(str(path), rows, sources, parameter_shapes(config), config.head_dim, place)
+    template = _present(parameter_shapes(config), rows, sources, optional)
+    return config, read(str(path), rows, sources, template, config.head_dim, place)
 
 
 def save(
@@ -71,7 +73,7 @@ def save(
     tokenizer_file: str | os.PathLike | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that Hugging Face's ``AutoModelForCausalLM.from_pretrained`` loads to the same function.
+    """Write a folder that Hugging Face's language model of the family loads to the same function.
 
     The folder appears whole or not at all. Weights that are not plain arrays are materialized.
 
@@ -123,7 +125,7 @@ def describe(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: they cannot say what the configuration says; the fields that would be lost are named.
     """
-    model_type = {"gpt": "gpt2"}.get(config.family, config.family)
+    model_type = NAMES.get(config.family, config.family)
     family = FAMILIES[model_type]
     described = {"architectures": [family.architecture], "model_type": model_type, **family.from_config(config)}
     # Ids that begin and end a text are the tokenizer's business; left out, transformers would assume those of its own.
@@ -145,7 +147,19 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruc
     return flatten(jax.eval_shape(build(config).init, jax.random.key(0), tokens)["params"])
 
 
-def _open_folder(folder: Path) -> tuple[TransformerConfig, tuple[Row, ...], dict[str, shards.Stored]]:
+def _present(
+    template: dict[str, jax.ShapeDtypeStruct],
+    rows: tuple[Row, ...],
+    sources: Mapping[str, Any],
+    optional: tuple[str, ...],
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The template without the optional parts (``head/...``) of which the checkpoint holds nothing."""
+    held = {path for row in rows if row.theirs in sources for path in row.ours}
+    lacking = tuple(f"{part}/" for part in optional if not any(path.startswith(f"{part}/") for path in held))
+    return {path: leaf for path, leaf in template.items() if not path.startswith(lacking)}
+
+
+def _open_folder(folder: Path) -> tuple[TransformerConfig, Family, dict[str, shards.Stored]]:
     if not folder.is_dir():
         hint = "there is no such folder or file"
         if folder.is_file():
@@ -167,7 +181,7 @@ def _open_folder(folder: Path) -> tuple[TransformerConfig, tuple[Row, ...], dict
             known = ", ".join(shards.TYPES)
             raise ConfigError(name, tensor.dtype, f"in {tensor.file}: types that can be read are {known}", shards.TYPES)
         sources[name] = tensor
-    return config, family.rows, sources
+    return config, family, sources
 
 
 def _check_tree(flat: Mapping[str, Any], template: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -189,8 +203,7 @@ def _write_weights(
     for layer in range(max(template[row.ours[0]].shape[0] for row in rows if row.stacked)):
         for row in rows:
             if row.stacked or layer == 0:
-                name = row.theirs.format(layer=layer)
-                name = name if name == "lm_head.weight" else family.prefix + name
+                name = family.outer(row.theirs.format(layer=layer))
                 where[name] = row, layer
                 plan.append((name, math.prod(row.shape(template)) * np.dtype(flat[row.ours[0]].dtype).itemsize))
 
