@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from xylem.models import bert, gpt, llama
-from xylem.models.config import TransformerConfig
+from xylem.models import bart, bert, gpt, llama, t5, vanilla
+from xylem.models.config import ModelConfig, Seq2SeqConfig
 
 if TYPE_CHECKING:
     from xylem.models.language_model import LanguageModel
@@ -40,15 +40,24 @@ _SIZES = {
         *("llama3_8b", "llama3_70b", "llama3_1_8b", "llama3_1_70b", "llama3_1_405b", "llama3_2_1b", "llama3_2_3b"),
         "smollm2",
     ),
+    vanilla: ("transformer_base", "transformer_big"),
+    bart: ("bart_base", "bart_large"),
+    t5: (
+        *("t5_small", "t5_base", "t5_large", "t5_3b", "t5_11b"),
+        *("t5_1_1_small", "t5_1_1_base", "t5_1_1_large", "t5_1_1_xl", "t5_1_1_xxl"),
+    ),
 }
-PRESETS: dict[str, Callable[[], TransformerConfig]] = {
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
     name: getattr(family, name) for family, names in _SIZES.items() for name in names
 }
 
 
-def build(config: TransformerConfig) -> LanguageModel:
+def build(config: ModelConfig) -> LanguageModel:
     """The module a config describes: ``init``, ``apply``, ``head`` and ``clone`` are its public calls."""
     from xylem.models.masked_lm import MaskedLM
+    from xylem.models.seq2seq import Seq2Seq
     from xylem.models.transformer import CausalLM
 
+    if isinstance(config, Seq2SeqConfig):
+        return Seq2Seq(config)
     return CausalLM(config) if config.attention.mask == "causal" else MaskedLM(config)

@@ -6,7 +6,7 @@ Constants that differ between families (``rope_theta``, ``norm_eps``, ...) have 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from xylem.errors import ConfigError
@@ -178,7 +178,7 @@ class TransformerConfig:
         dropout: rate after the embedding, on attention weights and on both residual branches.
     """
 
-    family: Literal["gpt", "gpt1", "llama", "bert", "roberta", "albert"]
+    family: Literal["gpt", "gpt1", "llama", "bert", "roberta", "albert", "transformer", "bart", "t5"]
     vocab_size: int
     max_length: int
     num_layers: int
@@ -223,6 +223,10 @@ class TransformerConfig:
         """Whether the MLP has a gate matrix."""
         return self.activation in GATED
 
+    def with_compute(self, compute: Compute) -> TransformerConfig:
+        """The same network, computed otherwise."""
+        return replace(self, compute=compute)
+
     @property
     def embedding_size(self) -> int:
         """Columns of the embedding table."""
@@ -244,3 +248,74 @@ class TransformerConfig:
         mlp = (3 if self.gated else 2) * self.d_model * self.d_ff
         weights = self.num_layers * (attention + mlp) + self.d_model * self.vocab_size
         return 6.0 * weights + 6.0 * self.num_layers * sequence_length * query
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig:
+    """An encoder, and a decoder that reads what it made; one embedding table serves both.
+
+    Attributes:
+        family: whose conventions outside files follow.
+        encoder, decoder: the two stacks. The head is the decoder's.
+        decoder_start: the id that stands in front of every target.
+    """
+
+    family: Literal["transformer", "bart", "t5"]
+    encoder: TransformerConfig
+    decoder: TransformerConfig
+    decoder_start: int
+
+    def __post_init__(self):
+        check_choices(self)
+        for name in ("vocab_size", "d_model", "head_dim", "compute"):
+            if getattr(self.encoder, name) != getattr(self.decoder, name):
+                raise ConfigError(f"decoder.{name}", getattr(self.decoder, name), "it must be the encoder's")
+        for side, mask in (("encoder", "bidirectional"), ("decoder", "causal")):
+            if getattr(self, side).attention.mask != mask:
+                raise ConfigError(f"{side}.attention.mask", getattr(self, side).attention.mask, f"it must be {mask}")
+        if not 0 <= self.decoder_start < self.vocab_size:
+            raise ConfigError("decoder_start", self.decoder_start, f"an id below vocab_size = {self.vocab_size}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the one embedding table."""
+        return self.decoder.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """The longest target, in tokens."""
+        return self.decoder.max_length
+
+    @property
+    def d_model(self) -> int:
+        """Width of both streams."""
+        return self.decoder.d_model
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head on both sides."""
+        return self.decoder.head_dim
+
+    @property
+    def head(self) -> str:
+        """Where the output matrix is from: the decoder's ``head``."""
+        return self.decoder.head
+
+    @property
+    def init(self) -> Initializers:
+        """Spreads of the embedding and the head: the decoder's."""
+        return self.decoder.init
+
+    @property
+    def compute(self) -> Compute:
+        """How both sides are computed."""
+        return self.decoder.compute
+
+    def with_compute(self, compute: Compute) -> Seq2SeqConfig:
+        """The same network, computed otherwise."""
+        return replace(
+            self, encoder=replace(self.encoder, compute=compute), decoder=replace(self.decoder, compute=compute)
+        )
+
+
+ModelConfig = TransformerConfig | Seq2SeqConfig  # what ``models.build`` and ``hub`` take

@@ -114,6 +114,6 @@ class MaskedTransform(nn.Module):
         config, kernels = self.config, self.kernels
         x = Dense(config.embedding_size, config.init.kernel, config, kernels, name="transform")(hidden)
         act = fused.activation if kernels.activation else fused.activation_plain
-        x = act(config.activation, x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        flat: Any = act(config.activation, x.reshape(-1, x.shape[-1]))
         parameter(self, "bias", None, (config.vocab_size,), config.compute.param_dtype)
-        return Norm(config, kernels, name="norm")(x)
+        return Norm(config, kernels, name="norm")(flat.reshape(x.shape))

@@ -20,8 +20,8 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from xylem.models import fused
-from xylem.models.attention import Attention, Context
-from xylem.models.cache import KVCache
+from xylem.models.attention import Attention, Context, CrossAttention
+from xylem.models.cache import AttentionCache, KVCache
 from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice
 from xylem.models.language_model import Head, LanguageModel, Output
@@ -39,7 +39,7 @@ class Block(nn.Module):
     kernels: Choice
 
     @nn.compact
-    def __call__(self, h: Float[Array, "B T D"], context: Context, cache: KVCache | None, layer: Any, site: Any):
+    def __call__(self, h: Float[Array, "B T D"], context: Context, cache: AttentionCache | None, layer: Any, site: Any):
         config, kernels = self.config, self.kernels
         if config.attention.window is not None:
             # A width that is computed, so that one compiled layer serves both kinds.
@@ -48,6 +48,10 @@ class Block(nn.Module):
         attention = Attention(config, kernels, name="attention")
         x, cache = attention(self._before("attention", h), context, cache, layer)
         h = self._after("attention", h, site("attention_out", x), context)
+        if context.memory_mask is not None:
+            cross = CrossAttention(config, kernels, name="cross_attention")
+            x = cross(self._before("cross_attention", h), context, cache, layer)
+            h = self._after("cross_attention", h, site("cross_attention_out", x), context)
         x = MLP(config, kernels, name="mlp")(self._before("mlp", h), site)
         h = self._after("mlp", h, site("mlp_out", x), context)
         return site("block_out", h), cache
@@ -77,20 +81,33 @@ def embed_tokens(
     train: bool = False,
 ) -> Float[Array, "B T D"]:
     """The stream before the first layer, from submodules of the calling ``module``: ``embed`` and what goes with it."""
-    embedding, width = config.embedding, config.embedding_size
-    look_up = Embed(config.vocab_size, width, config.init.embedding, config, name="embed")
+    look_up = Embed(config.vocab_size, config.embedding_size, config.init.embedding, config, name="embed")
     h = look_up(tokens) if embeddings is None else embeddings.astype(config.compute.dtype)
+    return add_positions(module, config, kernels, h, positions, token_types, train)
+
+
+def add_positions(
+    module: nn.Module,
+    config: TransformerConfig,
+    kernels: Choice,
+    h: Float[Array, "B T E"],
+    positions: Int[Array, "#B T"],
+    token_types: Int[Array, "B T"] | None = None,
+    train: bool = False,
+) -> Float[Array, "B T D"]:
+    """The stream before the first layer from looked-up embeddings, by submodules of the calling ``module``."""
+    embedding, width = config.embedding, config.embedding_size
     if embedding.scale == "sqrt_d_model":
         h = h * math.sqrt(config.d_model)
     if config.positions.kind == "learned":
         rows = config.positions.offset + config.max_length
         table = Embed(rows, width, config.init.positions, config, name="positions")
         # Rows for every text, equal ones too: XLA:CPU is slow to sum a gradient over the batch, quick to scatter it.
-        h = h + table(jnp.broadcast_to(positions + config.positions.offset, tokens.shape))
+        h = h + table(jnp.broadcast_to(positions + config.positions.offset, h.shape[:2]))
     elif config.positions.kind == "sinusoidal":
         h = h + sinusoidal(positions, width).astype(h.dtype)
     if embedding.token_types:
-        types = jnp.zeros_like(tokens) if token_types is None else token_types
+        types = jnp.zeros(h.shape[:2], jnp.int32) if token_types is None else token_types
         h = h + Embed(embedding.token_types, width, config.init.embedding, config, name="token_types")(types)
     if embedding.norm == "present":
         h = Norm(config, kernels, name="embed_norm")(h)
@@ -101,16 +118,20 @@ def embed_tokens(
 
 
 def run_layers(
-    module: LanguageModel,
+    module: Any,
     config: TransformerConfig,
     kernels: Choice,
     h: Float[Array, "B T D"],
     mask: Mask,
     positions: tuple[Int[Array, "#B T"], Int[Array, "#B S"]],
-    cache: KVCache | None,
+    cache: Any,
     train: bool,
-) -> tuple[Float[Array, "B T D"], KVCache | None, dict[str, Array]]:
+    memory: Float[Array, "B source D"] | None = None,
+    memory_mask: Mask | None = None,
+) -> tuple[Float[Array, "B T D"], Any, dict[str, Array]]:
     """All layers of the calling ``module`` and the norm behind them; ``positions`` are those of queries and of keys.
+
+    With a ``memory_mask`` each layer also attends to ``memory``, or to what the cache holds of it.
 
     Returns the final states, the cache and what was tapped.
     """
@@ -124,7 +145,7 @@ def run_layers(
         table = Embed(where.buckets, config.num_heads, config.init.positions, config, name="relative_bias")
         bias = rearrange(table(buckets), "b t s n -> b n t s").astype(jnp.float32)
     rng = module.make_rng("dropout") if train and config.dropout > 0.0 else None
-    context = Context(mask=mask, rope=rope, bias=bias, rng=rng, train=train)
+    context = Context(mask, rope, bias, rng, memory, memory_mask, train)
     block = Block(config, kernels, parent=None)
     shared = config.num_layers if config.sharing == "all" else None
     stacks = layer_runs(module, block, 1 if shared else config.num_layers, h, context)
@@ -211,7 +232,7 @@ def check_length(config: TransformerConfig, tokens: Array) -> None:
         raise ValueError(f"{tokens.shape[1]} tokens: the position table has max_length = {config.max_length} rows")
 
 
-def positions_of(tokens: Array, segments: Array | None, cache: KVCache | None = None) -> Int[Array, "#B T"]:
+def positions_of(tokens: Array, segments: Array | None, cache: AttentionCache | None = None) -> Int[Array, "#B T"]:
     """Where each token stands in its document, counted from 0."""
     if cache is None and segments is not None:
         return segment_positions(segments)

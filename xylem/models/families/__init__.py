@@ -4,10 +4,12 @@ To add a family, write its table and add it to ``FAMILIES``, by the ``model_type
 those of our families that go by another name there.
 """
 
+from xylem.models.families.bart import BART
 from xylem.models.families.bert import ALBERT, BERT, ROBERTA
 from xylem.models.families.family import Family
 from xylem.models.families.gpt import GPT1, GPT2
 from xylem.models.families.llama import LLAMA
+from xylem.models.families.t5 import T5
 
 FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
@@ -16,5 +18,7 @@ FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "roberta": ROBERTA,
     "albert": ALBERT,
+    "bart": BART,
+    "t5": T5,
 }
 NAMES = {"gpt": "gpt2", "gpt1": "openai-gpt"}

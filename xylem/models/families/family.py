@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from xylem.errors import ConfigError
-from xylem.models.config import TransformerConfig
 from xylem.models.conversion import Row
 
 REQUIRED = object()
@@ -23,21 +22,25 @@ class Family:
         architecture: the class of transformers that is its language model.
         prefix: before every tensor's name but those ``outside``; files of the bare network leave it out.
         outside: names of the heads' tensors.
-        rows: the table of its tensors.
+        rows: the table of its tensors, or what gives it for a configuration.
         ignored: tensors that hold nothing of their own: masks and frequencies which old releases stored, a tied head.
         optional: parts of our tree that a file may lack, each as a whole: heads that it was saved without.
-        to_config: ``config.json`` -> configuration.
+        to_config: ``config.json`` -> configuration; ``holds_head`` is added to it, whether the file has lm_head.weight.
         from_config: the other way; what it cannot express shows when its result is read back.
     """
 
     architecture: str
     prefix: str
     outside: re.Pattern[str]
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] | Callable[[Any], tuple[Row, ...]]
     ignored: re.Pattern[str]
-    to_config: Callable[[Mapping[str, Any]], TransformerConfig]
-    from_config: Callable[[TransformerConfig], dict[str, Any]]
+    to_config: Callable[[Mapping[str, Any]], Any]
+    from_config: Callable[[Any], dict[str, Any]]
     optional: tuple[str, ...] = ()
+
+    def table(self, config: Any) -> tuple[Row, ...]:
+        """The rows of a configuration."""
+        return self.rows(config) if callable(self.rows) else self.rows
 
     def outer(self, name: str) -> str:
         """The full name of a tensor of the table."""
