@@ -51,7 +51,6 @@ class TokenCache(struct.PyTreeNode):
 class NGramLM(LanguageModel):
     """``config`` is an ``NGramConfig``; the parameters are ``ngram.count``'s tree, never ``init``'s."""
 
-    @nn.compact
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -82,7 +81,7 @@ class NGramLM(LanguageModel):
             cache = cache.advance(tokens.shape[1] if segments is None else (segments > 0).sum(axis=1))
             held, begins = cache.tokens, False
         hidden = contexts_at(held, begins | (held == self.config.end_of_text), places, self.config)
-        logits = self.head(self.variables["params"], hidden)
+        logits = self.head(dict(self.variables["params"]), hidden)
         return Output(logits=logits, hidden=hidden, cache=cache, taps={})
 
     @nn.nowrap
