@@ -227,9 +227,11 @@ def log_distribution(config: NGramConfig, tree: Tree, contexts: Int[Any, "*B C"]
 
 
 def score(config: NGramConfig, tree: Tree, documents: Sequence[Any]) -> Score:
-    """How well documents are predicted, their ends included: what ``training.evaluate.figures`` makes means of.
+    """How well documents are predicted, their ends included.
 
-    The packed stream of a split (``data.packing``) has one label less: nothing follows its last document.
+    ``training.evaluate.figures`` makes perplexity and bits per byte of it, as ``Sums(score.nll, score.nll,
+    score.weight)``. The packed stream of a split (``data.packing``) has one label less: nothing follows its last
+    document.
 
     Raises:
         ConfigError: as ``count``.
