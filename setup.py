@@ -37,6 +37,7 @@ EXTRAS = {
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
         "beartype>=0.22",
+        "nltk>=3.10",
         "torch==2.13.0; python_version < '3.12'",
         "transformers>=5.0,<6; python_version < '3.12'",
     ],

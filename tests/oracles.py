@@ -202,3 +202,95 @@ def edited(params: dict, **leaves: Any) -> dict:
     flat = flatten(params)
     assert leaves.keys() <= flat.keys()
     return unflatten({**flat, **leaves})
+
+
+def random_encoder(rng: np.random.Generator, family: str, **values: Any) -> Any:
+    """A BertForPreTraining, RobertaForMaskedLM or AlbertForPreTraining of odd sizes with every parameter random."""
+    import transformers
+
+    heads = int(rng.integers(2, 5))
+    settings = {
+        "vocab_size": int(rng.integers(30, 50)) * 2 + 1,
+        "max_position_embeddings": int(rng.integers(30, 40)),
+        "hidden_size": heads * (2 * int(rng.integers(2, 5)) + 1),
+        "num_hidden_layers": int(rng.integers(2, 4)),
+        "num_attention_heads": heads,
+        "intermediate_size": 2 * int(rng.integers(10, 20)) + 1,
+        "hidden_act": "gelu" if family == "roberta" else str(rng.choice(["gelu_new", "gelu", "relu", "silu"])),
+        "layer_norm_eps": float(10 ** rng.uniform(-6, -2)),
+        "type_vocab_size": 1 if family == "roberta" else 2,
+        "pad_token_id": int(rng.integers(1, 4)) if family == "roberta" else 0,
+        **({"embedding_size": 2 * int(rng.integers(4, 8)) + 1} if family == "albert" else {}),
+        **values,
+    }
+    names = {"bert": "BertForPreTraining", "roberta": "RobertaForMaskedLM", "albert": "AlbertForPreTraining"}
+    config = {"bert": "BertConfig", "roberta": "RobertaConfig", "albert": "AlbertConfig"}[family]
+    made = getattr(transformers, config)(**settings, attn_implementation="eager")
+    return _randomised(getattr(transformers, names[family]), made, rng)
+
+
+def random_gpt1(rng: np.random.Generator, **values: Any) -> Any:
+    """An OpenAIGPTLMHeadModel of odd sizes with every parameter random."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    heads = int(rng.integers(2, 5))
+    settings = {
+        "vocab_size": int(rng.integers(30, 50)) * 2 + 1,
+        "n_positions": int(rng.integers(30, 40)),
+        "n_embd": heads * (2 * int(rng.integers(2, 5)) + 1),
+        "n_layer": int(rng.integers(2, 4)),
+        "n_head": heads,
+        "afn": str(rng.choice(["gelu", "relu", "silu"])),
+        "layer_norm_epsilon": float(10 ** rng.uniform(-6, -2)),
+        **values,
+    }
+    return _randomised(OpenAIGPTLMHeadModel, OpenAIGPTConfig(**settings), rng)
+
+
+def random_seq2seq(rng: np.random.Generator, family: str, **values: Any) -> Any:
+    """A BartForConditionalGeneration or T5ForConditionalGeneration (``t5`` or ``t5_1_1``) of odd sizes, all random."""
+    import transformers
+
+    heads, layers = int(rng.integers(2, 5)), int(rng.integers(2, 4))
+    head_dim, vocab = 2 * int(rng.integers(2, 5)) + 1, int(rng.integers(30, 50)) * 2 + 1
+    eps, d_ff = float(10 ** rng.uniform(-6, -2)), 2 * int(rng.integers(10, 20)) + 1
+    if family == "bart":
+        settings = {
+            "vocab_size": vocab,
+            "d_model": heads * head_dim,
+            "max_position_embeddings": int(rng.integers(30, 40)),
+            "activation_function": str(rng.choice(["gelu_new", "gelu", "relu", "silu"])),
+            "scale_embedding": bool(rng.integers(2)),
+            "encoder_layers": layers,
+            "decoder_layers": 5 - layers,
+            **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in
+               (("attention_heads", heads), ("ffn_dim", d_ff))},
+            **dict.fromkeys(("dropout", "attention_dropout"), 0.25),
+            "pad_token_id": 1,
+            "decoder_start_token_id": int(rng.integers(2, 9)),
+            **values,
+        }  # fmt: skip
+        made = transformers.BartConfig(**settings, attn_implementation="eager")
+        return _randomised(transformers.BartForConditionalGeneration, made, rng)
+    settings = {
+        "vocab_size": vocab,
+        "d_model": 2 * int(rng.integers(6, 12)) + 1,
+        "d_kv": head_dim,
+        "num_heads": heads,
+        "d_ff": d_ff,
+        "num_layers": layers,
+        "num_decoder_layers": 5 - layers,
+        "relative_attention_num_buckets": 2 * int(rng.integers(3, 6)),
+        "relative_attention_max_distance": int(rng.integers(14, 20)),
+        "layer_norm_epsilon": eps,
+        "feed_forward_proj": "relu" if family == "t5" else "gated-gelu",
+        "tie_word_embeddings": family == "t5",
+        **values,
+    }
+    model = _randomised(transformers.T5ForConditionalGeneration, transformers.T5Config(**settings), rng)
+    if family == "t5_1_1":  # transformers ties every new model; a checkpoint that holds both tables is not tied
+        import torch
+
+        drawn = torch.from_numpy(rng.standard_normal(model.lm_head.weight.shape).astype(np.float32))
+        model.lm_head.weight = torch.nn.Parameter(drawn / math.sqrt(model.config.d_model))
+    return model

@@ -16,7 +16,12 @@ def small(family: str) -> TransformerConfig:
     if family == "gpt":
         return gpt(num_layers=3, d_model=20, num_heads=5, vocab_size=31, max_length=17)
     config = llama(3, 24, 6, 3, d_ff=29, vocab_size=31, max_length=17, rope_theta=777.0, norm_eps=1e-4)
-    return dataclasses.replace(config, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 8))
+    return with_positions(config, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 8))
+
+
+def with_positions(config: TransformerConfig, **values) -> TransformerConfig:
+    """The config with some values of its ``positions`` replaced."""
+    return dataclasses.replace(config, positions=dataclasses.replace(config.positions, **values))
 
 
 @partial(jax.jit, static_argnames="module")

@@ -24,22 +24,35 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 P = PartitionSpec
 
+_SIDE = r"(encoder/|decoder/)?"
+_LAYERS = _SIDE + r"layers(_\d+)?/"
 # Specs are right-aligned: leading axes (layers, experts) that a spec does not name are not split.
 # Column-parallel kernels (in -> split out) feed row-parallel ones (split in -> out): one all-reduce a sublayer.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding", P("tensor", "fsdp")),
-    (r"positions/embedding", P(None, "fsdp")),
-    (r"layers(_\d+)?/attention/(query|key|value)/kernel", P("fsdp", "tensor")),
-    (r"layers(_\d+)?/attention/(query|key|value)/bias", P("tensor")),
-    (r"layers(_\d+)?/attention/output/kernel", P("tensor", "fsdp")),
-    (r"layers(_\d+)?/mlp/(gate|up)/kernel", P("fsdp", "tensor")),
-    (r"layers(_\d+)?/mlp/(gate|up)/bias", P("tensor")),
-    (r"layers(_\d+)?/mlp/down/kernel", P("tensor", "fsdp")),
-    (r"layers(_\d+)?/(attention/output|mlp/down)/bias", P()),
-    (r"layers(_\d+)?/(attention|mlp)_norm/(scale|bias)", P()),
-    (r"layers(_\d+)?/(attention|mlp)_adapter/(down|up)/(kernel|bias)", P()),
-    (r"final_norm/(scale|bias)", P()),
+    (_SIDE + r"(positions|token_types)/embedding", P(None, "fsdp")),
+    (_SIDE + r"embed_norm/(scale|bias)", P()),
+    (r"embed_projection/kernel", P("fsdp", "tensor")),
+    (r"embed_projection/bias", P()),
+    (
+        _LAYERS + r"(cross_)?attention/(query|key|value|query_key_value)/kernel",
+        P("fsdp", "tensor"),
+    ),
+    (_LAYERS + r"(cross_)?attention/(query|key|value|query_key_value)/bias", P("tensor")),
+    (_LAYERS + r"(cross_)?attention/output/kernel", P("tensor", "fsdp")),
+    (_LAYERS + r"mlp/(gate|up|up_gate)/kernel", P("fsdp", "tensor")),
+    (_LAYERS + r"mlp/(gate|up|up_gate)/bias", P("tensor")),
+    (_LAYERS + r"mlp/down/kernel", P("tensor", "fsdp")),
+    (_LAYERS + r"((cross_)?attention/output|mlp/down)/bias", P()),
+    (_LAYERS + r"((cross_)?attention|mlp)_norm/(scale|bias)", P()),
+    (_LAYERS + r"((cross_)?attention|mlp)_adapter/(down|up)/(kernel|bias)", P()),
+    (r"(encoder|decoder)/relative_bias/embedding", P(None, "tensor")),
+    (_SIDE + r"final_norm/(scale|bias)", P()),
     (r"head/kernel", P("fsdp", "tensor")),
+    (r"(head/transform|pooler)/kernel", P("fsdp", "tensor")),
+    (r"pair_head/kernel", P("fsdp")),
+    (r"head/norm/(scale|bias)", P()),
+    (r"(head|head/transform|pooler|pair_head)/bias", P()),
 )
 # Which axis is the vocabulary. Published ones are often divisible by nothing (GPT-2's is 50,257): where the mesh does
 # not divide it, this axis alone stays whole.

@@ -33,6 +33,12 @@ def test_the_stored_windows_spell_the_corpus(prepared):
         assert prepared.counts[split]["windows"] == len(source) == -(-(len(stream) - 1) // LENGTH)
 
 
+def test_documents_come_back_whole(prepared):
+    texts = documents_of(7)
+    for split, expected in (("train", texts[:54]), ("validation", texts[54:])):
+        assert [prepared.tokenizer.decode(ids) for ids in prepared.documents(split)] == expected
+
+
 def test_segments_part_the_documents(prepared):
     for batch in pipeline.eval_batches(prepared, "train", 4):
         for tokens, segments, weights in zip(batch["tokens"], batch["segments"], batch["weights"], strict=True):

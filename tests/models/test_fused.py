@@ -11,8 +11,9 @@ from operations import BAR, apart, cross_entropy_case, head, normal, with_gradie
 
 from xylem.models import fused
 from xylem.models.attention import attend
-from xylem.models.config import Compute
+from xylem.models.config import Compute, RopeScaling
 from xylem.models.masks import Mask
+from xylem.models.positions import rope_tables, rotate
 
 
 def cases(rng: np.random.Generator) -> dict:
@@ -242,6 +243,28 @@ def test_fused_attention_needs_less_than_half_the_memory_of_the_square():
     # Not linear in the length: XLA:CPU schedules the chunks, which do not depend on each other, side by side.
     ours = lambda *a: fused.attention(*a, Mask(), 0.5, 64)  # noqa: E731
     assert temporary(ours) < 0.5 * temporary(lambda *a: attend(*a, Mask()))
+
+
+# --- rotary tables ----------------------------------------------------------------------------------------------------
+
+
+def test_fused_rope_tables_are_the_plain_ones_computed_once(rng_seed):
+    rng = np.random.default_rng(rng_seed)
+    x, positions = normal(rng, 2, 7, 3, 10), jnp.asarray(rng.integers(0, 1000, (2, 7)), jnp.int32)
+    mixing = normal(rng, 10, 10)
+
+    def compiled(tables):
+        def layers(x, positions):
+            both = tables(positions, 10, 731.0, RopeScaling(8.0, 1.0, 4.0, 32))
+            for _ in range(3):  # a product between rotations, so that each is a fusion of its own
+                x = rotate(x, both) @ mixing
+            return x
+
+        return jax.jit(layers).lower(x, positions).compile()
+
+    ours, plain = compiled(fused.rope_tables), compiled(rope_tables)
+    assert apart(ours(x, positions), plain(x, positions)) <= BAR
+    assert ours.as_text().count(" sine(") == 1 < plain.as_text().count(" sine(")
 
 
 # --- cross-entropy ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from oracles import error, our_logits, random_llama, random_tokens, reference_logits
+from small import with_positions
 
 from xylem.errors import ConfigError
 from xylem.models import hub, llama
@@ -71,7 +72,7 @@ def write(path: Path, config, tensors: dict[str, np.ndarray], kinds: dict[str, T
         elif value is not None:
             writer.add_uint32(f"llama.{name}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.norm_eps)
-    writer.add_float32("llama.rope.freq_base", config.rope_theta)
+    writer.add_float32("llama.rope.freq_base", config.positions.rope_theta)
     for name, tensor in tensors.items():
         theirs = name if name == "rope_freqs.weight" else their_name(name)
         heads = {"q": config.num_heads, "k": config.num_kv_heads}
@@ -176,7 +177,7 @@ def their_factors(config, scaling: RopeScaling) -> np.ndarray:
     """What llama.cpp's converter stores for LLaMA 3.1: the divisor of each rotary frequency, case by case."""
     factors = []
     for i in range(config.head_dim // 2):
-        wavelength = 2 * np.pi * config.rope_theta ** (2 * i / config.head_dim)
+        wavelength = 2 * np.pi * config.positions.rope_theta ** (2 * i / config.head_dim)
         turns = scaling.original_max_length / wavelength
         if turns > scaling.high_frequency_factor:
             factors.append(1.0)
@@ -191,12 +192,12 @@ def their_factors(config, scaling: RopeScaling) -> np.ndarray:
 
 def test_gguf_rotary_scaling_is_recognised_from_its_factors(tmp_path):
     scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
-    config = tiny(rope_theta=5e5, head_dim=64)
+    config = with_positions(tiny(head_dim=64), rope_theta=5e5)
     factors = their_factors(config, scaling)
     assert {1.0, 8.0} < set(factors.tolist())
     tensors = random_tensors(config)
     file = write(tmp_path / "model.gguf", config, {**tensors, "rope_freqs.weight": factors})
-    assert hub.load(file)[0] == replace(config, rope_scaling=scaling, init=llama.initializers(2))
+    assert hub.load(file)[0] == replace(with_positions(config, rope_scaling=scaling), init=llama.initializers(2))
     odd = write(tmp_path / "odd.gguf", config, {**tensors, "rope_freqs.weight": factors[::-1]})
     refused(odd, "not scaled as LLaMA 3.1's are")
 

@@ -14,6 +14,7 @@ from oracles import (
     our_gradients,
     our_logits,
     pair,
+    random_gpt1,
     random_gpt2,
     random_llama,
     random_tokens,
@@ -21,19 +22,31 @@ from oracles import (
     reference_logits,
     tree_error,
 )
+from small import with_positions
+
+from xylem.models.conversion import flatten
 
 pytestmark = pytest.mark.oracle
 
 LOGITS, GRADIENTS = 1e-4, 1e-3
 EACH = pytest.mark.parametrize(
     "family, tied, scaled",
-    [("gpt2", True, False), ("gpt2", False, False), ("llama", True, True), ("llama", False, False)],
-    ids=["gpt2-tied", "gpt2-untied", "llama-tied-scaled", "llama-untied"],
+    [
+        ("gpt1", True, False),
+        ("gpt2", True, False),
+        ("gpt2", False, False),
+        ("llama", True, True),
+        ("llama", False, False),
+    ],
+    ids=["gpt1", "gpt2-tied", "gpt2-untied", "llama-tied-scaled", "llama-untied"],
 )
 
 
 def make(family: str, tied: bool, scaled: bool, rng: np.random.Generator, folder, **values) -> Pair:
-    model = random_gpt2(rng, tied, **values) if family == "gpt2" else random_llama(rng, tied, scaled, **values)
+    if family == "gpt1":
+        model = random_gpt1(rng, **values)
+    else:
+        model = random_gpt2(rng, tied, **values) if family == "gpt2" else random_llama(rng, tied, scaled, **values)
     print(model.config)
     return pair(model, folder)
 
@@ -73,12 +86,12 @@ def test_parity_gradients(family, tied, scaled, rng_seed, tmp_path, proof):
     tokens = random_tokens(rng, made.config.vocab_size)
     labels = np.where(rng.random(tokens.shape) < 0.25, IGNORED_LABEL, random_tokens(rng, made.config.vocab_size))
     reference = reference_gradients(made, tokens, labels, tmp_path / "gradients")
-    scale = made.params["final_norm"]["scale"]
-    flat_norm = edited(made.params, **{"final_norm/scale": jnp.ones_like(scale)})
+    last = "layers/mlp_norm/scale" if family == "gpt1" else "final_norm/scale"
+    flat_norm = edited(made.params, **{last: jnp.ones_like(flatten(made.params)[last])})
     assert tree_error(our_gradients(made.config, flat_norm, tokens, labels), reference) > GRADIENTS
     measured = tree_error(our_gradients(made.config, made.params, tokens, labels), reference)
     name = f"{family} ({'tied' if tied else 'untied'} head{', scaled rope' if scaled else ''}): gradients"
-    proof(name, f"{type(made.model).__name__}, autograd", measured, GRADIENTS, rng_seed, "final norm scale dropped")
+    proof(name, f"{type(made.model).__name__}, autograd", measured, GRADIENTS, rng_seed, "last norm's scale dropped")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -108,8 +121,8 @@ def test_parity_grouped_heads_and_theta(rng_seed, tmp_path, proof):
     reference = reference_logits(made.model, tokens)
     faults = {
         "query head n on key/value head n % K": (config, regrouped(made)),
-        "rope_theta 10% off": (replace(config, rope_theta=1.1 * config.rope_theta), made.params),
-        "rope scaling left out": (replace(config, rope_scaling=None), made.params),
+        "rope_theta 10% off": (with_positions(config, rope_theta=1.1 * config.positions.rope_theta), made.params),
+        "rope scaling left out": (with_positions(config, rope_scaling=None), made.params),
         "norm_eps ten times too large": (replace(config, norm_eps=10 * config.norm_eps), made.params),
     }
     for fault, (wrong, params) in faults.items():

@@ -1,13 +1,13 @@
 """A real model from outside: SmolLM2-135M-Instruct, whose GGUF file ships inside a Python package."""
 
 import warnings
-from dataclasses import replace
 from itertools import islice
 
 import jax
 import numpy as np
 import pytest
 from oracles import edited, error, our_logits, reference_logits
+from small import with_positions
 
 from xylem.data import tokenizers
 from xylem.data.config import DataConfig
@@ -131,7 +131,7 @@ def test_smollm2_greedy_ids(ours, reference, tokenizer, prompt, rng_seed, proof)
         rows = [prompt[0].tolist(), ids[0].tolist()]
         return np.mean(generate(build(config), params, rows, sampling, jax.random.key(0)).tokens[1] != expected)
 
-    assert differing(replace(config, rope_theta=10_000.0)) > 0
+    assert differing(with_positions(config, rope_theta=10_000.0)) > 0
     row, oracle = "SmolLM2-135M: first 32 greedy ids", "LlamaForCausalLM.generate, share that differs"
     proof(row, oracle, differing(config), 0.0, rng_seed, "rope_theta 10,000 instead of 100,000")
 
@@ -158,7 +158,7 @@ def test_smollm2_perplexity(ours, reference, tokenizer, rng_seed, proof):
         print(f"perplexity: ours {ours:.5f}, reference {expected:.5f}")
         return abs(ours / expected - 1.0)
 
-    assert off(replace(config, rope_theta=10_000.0)) > LOGITS
+    assert off(with_positions(config, rope_theta=10_000.0)) > LOGITS
     row, oracle = "SmolLM2-135M: WikiText-2 test perplexity, 4 x 512 tokens", "LlamaForCausalLM, relative"
     proof(row, oracle, off(config), LOGITS, rng_seed, "rope_theta 10,000 instead of 100,000")
 

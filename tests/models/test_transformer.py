@@ -40,6 +40,7 @@ BAR = 1e-5
         ("llama3_2_1b", 1_235_814_400),
         ("llama3_2_3b", 3_212_749_824),
         ("smollm2", 134_515_008),
+        ("gpt1", 116_534_784),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(preset, count):
@@ -48,9 +49,23 @@ def test_presets_have_the_published_number_of_parameters(preset, count):
     assert tree.count(shapes) == count
 
 
+# 2005.14165, table 2.1, in millions, as printed there.
+GPT3 = {"gpt3_small": 125, "gpt3_medium": 350, "gpt3_large": 760, "gpt3_xl": 1300, "gpt3_2_7b": 2700, "gpt3_6_7b": 6700,
+        "gpt3_13b": 13000, "gpt3_175b": 175000}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", GPT3)
+def test_gpt3_presets_have_the_size_they_are_named_by(preset):
+    module = models.build(models.PRESETS[preset]())
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    assert tree.count(shapes) / 1e6 == pytest.approx(GPT3[preset], rel=0.03)
+
+
 def test_every_preset_is_counted():
-    counted = test_presets_have_the_published_number_of_parameters.pytestmark[0].args[1]
-    assert {name for name, _ in counted} == set(models.PRESETS)
+    counted = {name for name, _ in test_presets_have_the_published_number_of_parameters.pytestmark[0].args[1]}
+    others = ("bert", "roberta", "albert", "bart", "t5", "transformer")  # test_encoders.py, test_seq2seq.py
+    encoders = {name for name in models.PRESETS if name.startswith(others)}
+    assert counted | set(GPT3) | encoders == set(models.PRESETS)
 
 
 def test_initial_weights_have_the_spread_of_the_table():

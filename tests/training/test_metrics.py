@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from xylem.errors import Failure
-from xylem.models.config import Initializers, TransformerConfig
+from xylem.models.config import Initializers, PositionConfig, TransformerConfig
 from xylem.training import metrics
 
 
@@ -20,16 +20,16 @@ def config(**changes) -> TransformerConfig:
     init = Initializers(embedding=0.02, positions=0.02, kernel=0.02, residual=0.02)
     gpt = dict(
         family="gpt", vocab_size=256, max_length=256, num_layers=6, d_model=384, num_heads=6, num_kv_heads=6,
-        head_dim=64, d_ff=1536, activation="gelu_tanh", norm="layernorm", norm_eps=1e-5, positions="learned",
-        rope_theta=None, bias="everywhere", head="tied", init=init,
+        head_dim=64, d_ff=1536, activation="gelu_tanh", norm="layernorm", norm_eps=1e-5,
+        positions=PositionConfig("learned"), bias="everywhere", head="tied", init=init,
     )  # fmt: skip
     return TransformerConfig(**{**gpt, **changes})
 
 
 LLAMA = dict(
     family="llama", vocab_size=8192, max_length=512, num_layers=8, d_model=512, num_heads=8, num_kv_heads=4,
-    head_dim=64, d_ff=1408, activation="swiglu", norm="rmsnorm", norm_eps=1e-6, positions="rope", rope_theta=5e3,
-    bias="none", head="untied",
+    head_dim=64, d_ff=1408, activation="swiglu", norm="rmsnorm", norm_eps=1e-6,
+    positions=PositionConfig("rope", rope_theta=5e3), bias="none", head="untied",
 )  # fmt: skip
 
 

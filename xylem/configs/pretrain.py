@@ -9,6 +9,7 @@ from typing import TypeVar
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
 from xylem.models import PRESETS
+from xylem.models.config import TransformerConfig
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
 from xylem.training.config import OptimizerConfig, RunConfig
@@ -47,19 +48,28 @@ def nanogpt_cpu() -> RunConfig:
     )
 
 
-def published(name: str) -> RunConfig:
+def published(model: TransformerConfig) -> RunConfig:
     """A published model size on the default corpus: what to start from on a mesh."""
-    model = PRESETS[name]()
     length = min(1024, model.max_length)
     data = DataConfig(tokenizer="bpe:32000", sequence_length=length)
     compute = replace(model.compute, dtype="bfloat16", remat="full")
     return RunConfig(model=replace(model, compute=compute), data=data, batch_size=64, steps=100_000)
 
 
+def _decoders() -> dict[str, TransformerConfig]:
+    """The presets that predict the next token, which is what the loop trains."""
+    made = {name: preset() for name, preset in PRESETS.items()}
+    return {
+        name: model
+        for name, model in made.items()
+        if isinstance(model, TransformerConfig) and model.attention.mask == "causal"
+    }
+
+
 RUNS: dict[str, Callable[[], RunConfig]] = {
     "default": default,
     "nanogpt_cpu": nanogpt_cpu,
-    **{name: (lambda name=name: published(name)) for name in PRESETS},
+    **{name: (lambda model=model: published(model)) for name, model in _decoders().items()},
 }
 
 

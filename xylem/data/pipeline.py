@@ -60,6 +60,20 @@ class Prepared:
             raise ConfigError("split", split, f"allowed: {', '.join(self.counts)}", self.counts)
         return self._builder.as_data_source(split=split)
 
+    def documents(self, split: str) -> list[Int32[np.ndarray, " _"]]:
+        """The ids of each document of a split, without end-of-text: the stream that was packed, all of it in memory.
+
+        Raises:
+            ConfigError: as ``source`` and ``batch``.
+        """
+        source = self.source(split)
+        windows = self.batch(source, np.arange(len(source)))
+        # Every token of the stream is a label once, but the end-of-text that opens the first document.
+        stream = windows["labels"][windows["weights"] > 0]
+        bounds = np.flatnonzero(stream == self.tokenizer.end_of_text)
+        first, *others = np.split(stream, bounds)
+        return [first, *(document[1:] for document in others)]
+
     def batch(self, source: Any, rows: "list[int] | np.ndarray", pad_to: int = 0) -> Batch:
         """The windows ``rows`` of ``source`` as one batch, filled with empty windows up to ``pad_to``.
 

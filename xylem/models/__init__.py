@@ -20,27 +20,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from xylem.models import gpt, llama
-from xylem.models.config import TransformerConfig
+from xylem.models import bart, bert, gpt, llama, t5, vanilla
+from xylem.models.config import ModelConfig, Seq2SeqConfig
 
 if TYPE_CHECKING:
     from xylem.models.language_model import LanguageModel
 
 _SIZES = {
-    gpt: ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"),
+    gpt: (
+        *("gpt1", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"),
+        *("gpt3_small", "gpt3_medium", "gpt3_large", "gpt3_xl", "gpt3_2_7b", "gpt3_6_7b", "gpt3_13b", "gpt3_175b"),
+    ),
+    bert: (
+        *("bert_base", "bert_large", "roberta_base", "roberta_large"),
+        *("albert_base", "albert_large", "albert_xlarge", "albert_xxlarge"),
+    ),
     llama: (
         *("llama_7b", "llama_13b", "llama_33b", "llama_65b", "llama2_7b", "llama2_13b", "llama2_70b"),
         *("llama3_8b", "llama3_70b", "llama3_1_8b", "llama3_1_70b", "llama3_1_405b", "llama3_2_1b", "llama3_2_3b"),
         "smollm2",
     ),
+    vanilla: ("transformer_base", "transformer_big"),
+    bart: ("bart_base", "bart_large"),
+    t5: (
+        *("t5_small", "t5_base", "t5_large", "t5_3b", "t5_11b"),
+        *("t5_1_1_small", "t5_1_1_base", "t5_1_1_large", "t5_1_1_xl", "t5_1_1_xxl"),
+    ),
 }
-PRESETS: dict[str, Callable[[], TransformerConfig]] = {
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
     name: getattr(family, name) for family, names in _SIZES.items() for name in names
 }
 
 
-def build(config: TransformerConfig) -> LanguageModel:
+def build(config: ModelConfig) -> LanguageModel:
     """The module a config describes: ``init``, ``apply``, ``head`` and ``clone`` are its public calls."""
+    from xylem.models.masked_lm import MaskedLM
+    from xylem.models.seq2seq import Seq2Seq
     from xylem.models.transformer import CausalLM
 
-    return CausalLM(config)
+    if isinstance(config, Seq2SeqConfig):
+        return Seq2Seq(config)
+    return CausalLM(config) if config.attention.mask == "causal" else MaskedLM(config)

@@ -6,15 +6,33 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.models import fused
-from xylem.models.cache import KVCache
+from xylem.models.cache import AttentionCache, Seq2SeqCache
 from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice
-from xylem.models.layers import Dense, merge_heads, split_heads
+from xylem.models.layers import Dense, merge_heads, side_by_side, split_heads
 from xylem.models.masks import Mask
 from xylem.models.positions import rotate
+
+
+class Context(struct.PyTreeNode):
+    """What every layer of one call shares.
+
+    Attributes:
+        bias: added to the scores of every head.
+        memory: what an encoder made of another text, for layers that also attend to that; ``memory_mask`` says who may.
+    """
+
+    mask: Mask
+    rope: tuple[Array, Array] | None
+    bias: Float[Array, "#B N T S"] | None
+    rng: PRNGKeyArray | None
+    memory: Float[Array, "B source D"] | None = None
+    memory_mask: Mask | None = None
+    train: bool = struct.field(pytree_node=False, default=False)
 
 
 def attend(
@@ -23,20 +41,22 @@ def attend(
     value: Float[Array, "B S K H"],
     mask: Mask,
     *,
+    scale: float | None = None,
     bias: Float[Array, "#B N T S"] | None = None,
     dropout: float = 0.0,
     rng: PRNGKeyArray | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads: the definition every fast path is held against.
 
-    ``softmax(query @ key / sqrt(H) + bias) @ value`` over the keys the mask allows (1706.03762, section 3.2.1); query
-    head n reads key/value head ``n // (N/K)`` (GQA 2305.13245). A query that may see nothing gets zeros. ``dropout``
-    drops attention weights; it needs ``rng``.
+    ``softmax(scale * query @ key + bias) @ value`` over the keys the mask allows, ``scale`` being ``1 / sqrt(H)`` where
+    none is given (1706.03762, section 3.2.1); query head n reads key/value head ``n // (N/K)`` (GQA 2305.13245). A
+    query that may see nothing gets zeros. ``dropout`` drops attention weights; it needs ``rng``.
     """
     queries, heads, head_dim = query.shape[1:]
     groups = heads // key.shape[2]
     query = rearrange(query, "b t (k g) h -> b k g t h", g=groups)
-    scores = jnp.einsum("bkgth,bskh->bkgts", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = jnp.einsum("bkgth,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
     if bias is not None:
         scores = scores + rearrange(bias, "b (k g) t s -> b k g t s", g=groups)
     allowed = mask.array(queries, key.shape[1])[:, None, None]
@@ -53,7 +73,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Multi-head attention with grouped key/value heads; it knows no family, only what its config says."""
+    """Multi-head self-attention with grouped key/value heads; it knows no family, only what its config says."""
 
     config: TransformerConfig
     kernels: Choice
@@ -62,28 +82,74 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Mask,
-        rope: tuple[Array, Array] | None,
-        cache: KVCache | None,
+        context: Context,
+        cache: AttentionCache | None,
         layer: Int[Array, ""] | int,
-        train: bool,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
         """Returns the output projection and the cache with this layer's keys and values written into it."""
         config, kernels = self.config, self.kernels
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        query = Dense(heads * head_dim, config.init.kernel, config, kernels, name="query")(x)
-        key = Dense(kv_heads * head_dim, config.init.kernel, config, kernels, name="key")(x)
-        value = Dense(kv_heads * head_dim, config.init.kernel, config, kernels, name="value")(x)
-        query, key, value = (split_heads(each, head_dim) for each in (query, key, value))
-        if rope is not None:
-            query, key = rotate(query, rope), rotate(key, rope)
+        widths = {"query": heads * head_dim, "key": kv_heads * head_dim, "value": kv_heads * head_dim}
+        projected = side_by_side(self, "query_key_value", widths, x, config, kernels)
+        query, key, value = (split_heads(each, head_dim) for each in projected)
+        if context.rope is not None:
+            query, key = rotate(query, context.rope), rotate(key, context.rope)
         if cache is not None:
             cache, key, value = cache.update(layer, key, value)
-        if train and config.dropout > 0.0:
-            out = attend(query, key, value, mask, dropout=config.dropout, rng=self.make_rng("dropout"))
-        elif kernels.attention and cache is None:
-            out = fused.attention(query, key, value, mask, head_dim**-0.5, kernels.attention_chunk)
-        else:
-            out = attend(query, key, value, mask)
+        rng = self.make_rng("dropout") if context.train and config.dropout > 0.0 else None
+        fast = kernels.attention and cache is None
+        out = weigh(query, key, value, context.mask, config, kernels, context.bias, rng, fast)
         out = Dense(x.shape[-1], config.init.residual, config, kernels, name="output")(merge_heads(out))
         return out, cache
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from one text to what an encoder made of another (1706.03762, section 3.2.3)."""
+
+    config: TransformerConfig
+    kernels: Choice
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        cache: AttentionCache | None,
+        layer: Int[Array, ""] | int,
+    ) -> Float[Array, "B T D"]:
+        """The output projection. With a cache the memory's keys and values are those it holds, else made here."""
+        config, kernels, memory, mask = self.config, self.kernels, context.memory, context.memory_mask
+        assert mask is not None
+        widths = {"key": config.num_kv_heads * config.head_dim, "value": config.num_kv_heads * config.head_dim}
+        query = Dense(config.num_heads * config.head_dim, config.init.kernel, config, kernels, name="query")(x)
+        if not isinstance(cache, Seq2SeqCache):
+            assert memory is not None, "a cache that holds the memory's keys and values (Seq2Seq.start), or the memory"
+            key, value = (
+                Dense(width, config.init.kernel, config, kernels, name=name)(memory) for name, width in widths.items()
+            )
+            key, value = split_heads(key, config.head_dim), split_heads(value, config.head_dim)
+        else:
+            key, value = cache.memory(layer)
+        rng = self.make_rng("dropout") if context.train and config.dropout > 0.0 else None
+        fast = kernels.attention and cache is None
+        query = split_heads(query, config.head_dim)
+        out = weigh(query, key, value, mask, config, kernels, None, rng, fast)
+        return Dense(x.shape[-1], config.init.residual, config, kernels, name="output")(merge_heads(out))
+
+
+def weigh(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Mask,
+    config: TransformerConfig,
+    kernels: Choice,
+    bias: Float[Array, "#B N T S"] | None,
+    rng: PRNGKeyArray | None,
+    fast: bool,
+) -> Float[Array, "B T N H"]:
+    """``attend`` as the config says, by the fast path where that is asked for and can do it; ``rng`` drops weights."""
+    scale = config.head_dim**-0.5 if config.attention.scale == "head_dim" else 1.0
+    if fast and rng is None and bias is None:
+        return fused.attention(query, key, value, mask, scale, kernels.attention_chunk)
+    return attend(query, key, value, mask, scale=scale, bias=bias, dropout=config.dropout, rng=rng)

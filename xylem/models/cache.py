@@ -69,6 +69,56 @@ class KVCache(struct.PyTreeNode):
         return KVCache(key=self.key[:, rows], value=self.value[:, rows], lengths=self.lengths[rows])
 
 
+class Seq2SeqCache(struct.PyTreeNode):
+    """A decoder's own keys and values, and those of the text it reads, which never change.
+
+    Attributes:
+        own: of the decoder's tokens.
+        memory_key, memory_value: of the encoder's final states, by layer.
+        segments: which of these are real (not 0).
+    """
+
+    own: KVCache
+    memory_key: Float[Array, "L B S K H"] | Any
+    memory_value: Float[Array, "L B S K H"] | Any
+    segments: Int[Array, "B S"] | Any
+
+    @property
+    def lengths(self) -> Int[Array, "B"]:
+        """Tokens of each row that the decoder has read or written."""
+        return self.own.lengths
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a row can hold."""
+        return self.own.capacity
+
+    def memory(self, layer: Int[Array, ""] | int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values of the other text for one layer."""
+        at = lambda array: jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)  # noqa: E731
+        return at(self.memory_key), at(self.memory_value)
+
+    def update(
+        self, layer: Int[Array, ""] | int, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
+    ) -> tuple[Seq2SeqCache, Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """As ``KVCache.update``, of the decoder's own tokens."""
+        own, key, value = self.own.update(layer, key, value)
+        return self.replace(own=own), key, value
+
+    def advance(self, tokens: Int[Array, "B"] | int) -> Seq2SeqCache:
+        """Count the ``tokens`` that every layer has just written, of all rows or of each."""
+        return self.replace(own=self.own.advance(tokens))
+
+    def rewind(self, lengths: Int[Array, "B"]) -> Seq2SeqCache:
+        """Forget all but the first ``lengths[b]`` tokens of each row."""
+        return self.replace(own=self.own.rewind(lengths))
+
+    def select(self, rows: Int[Array, "C"]) -> Seq2SeqCache:
+        """The cache of rows ``rows``, in that order and as often as named."""
+        key, value = self.memory_key[:, rows], self.memory_value[:, rows]
+        return Seq2SeqCache(self.own.select(rows), key, value, self.segments[rows])
+
+
 class StateCache(struct.PyTreeNode):
     """What recurrent layers carry from token to token, after the last token of each row and after some before it.
 
@@ -137,3 +187,6 @@ class StateCache(struct.PyTreeNode):
     def select(self, rows: Int[Array, "C"]) -> StateCache:
         """The cache of rows ``rows``, in that order and as often as named."""
         return StateCache(jax.tree.map(lambda x: x[:, :, rows], self.states), self.lengths[rows])
+
+
+AttentionCache = KVCache | Seq2SeqCache  # what attention layers are given

@@ -23,8 +23,9 @@ from einops import rearrange
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from xylem.models.config import Compute
+from xylem.models.config import Compute, RopeScaling
 from xylem.models.masks import Mask
+from xylem.models.positions import rope_tables as plain_rope_tables
 
 F32 = jnp.float32
 # Where layers are unrolled, forward and backward are one program, and XLA would merge what the backward pass recomputes
@@ -192,6 +193,22 @@ def _gated_backward(name, saved, g):
 gated.defvjp(lambda name, gate, up: (gated(name, gate, up), (gate, up)), _gated_backward)
 
 
+# --- rotary tables ----------------------------------------------------------------------------------------------------
+
+
+def rope_tables(
+    positions: Int[Array, "#B T"], head_dim: int, theta: float, scaling: RopeScaling | None
+) -> tuple[Float[Array, "#B T h"], Float[Array, "#B T h"]]:
+    """``positions.rope_tables``, its plain twin, behind a conditional that always holds.
+
+    XLA:CPU fuses the sines into every rotation of every layer, forward and backward, and drops barriers before it does
+    (5% of a LLaMA step); into a branch of a conditional it does not reach.
+    """
+    always = fresh(positions).reshape(-1)[0] >= 0
+    zeros = jnp.zeros((*positions.shape, head_dim // 2), F32)
+    return jax.lax.cond(always, lambda: plain_rope_tables(positions, head_dim, theta, scaling), lambda: (zeros, zeros))
+
+
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +242,7 @@ def attention(
     return jnp.concatenate([part(index) for index in range(parts)])
 
 
-MAX_BLOCKS, FEW_BLOCKS, MAX_PARTS = 16, 8, 4
+MAX_BLOCKS, FEW_BLOCKS, MAX_PARTS = 16, 8, 2
 
 
 def _blocks(mask: Mask, queries: int, keys: int, chunk: int):
@@ -256,11 +273,12 @@ def _attention(scale, blocks, query, key, value, mask):
 def _attention_forward(scale, blocks, query, key, value, mask):
     groups = query.shape[2] // key.shape[2]
     outs, sums = [], []
+    qs = rearrange(query, "B T (K G) H -> B K G T H", G=groups)
+    kts = rearrange(key, "B S K H -> B K H S")
+    vs = rearrange(value, "B S K H -> B K S H")
     for block in blocks:
         rows, columns = slice(*block[0]), slice(*block[1])
-        q = rearrange(query[:, rows], "B T (K G) H -> B K G T H", G=groups)
-        kt = rearrange(key[:, columns], "B S K H -> B K H S")
-        v = rearrange(value[:, columns], "B S K H -> B K S H")
+        q, kt, v = qs[..., rows, :], kts[..., columns], vs[..., columns, :]
         scores = _scores(scale, rows, columns, q, kt, mask)
         peak = scores.max(-1, keepdims=True)
         peak = jnp.where(peak == -jnp.inf, 0.0, peak)  # a row that sees nothing: every weight below is exp(-inf) = 0
@@ -283,11 +301,12 @@ def _attention_backward(scale, blocks, saved, g):
     dqs: list[Array] = []
     dkt: Any = 0.0
     dvt: Any = 0.0
+    qs, gs, ks = split(query), split(g), rearrange(key, "B S K H -> B K S H")
+    kts, vts = (rearrange(x, "B S K H -> B K H S") for x in (key, value))
     for block, log_sum in zip(blocks, sums, strict=True):
         rows, columns = slice(*block[0]), slice(*block[1])
-        q, g_rows = split(query[:, rows]), split(g[:, rows])
-        kt, vt = (rearrange(x[:, columns], "B S K H -> B K H S") for x in (key, value))
-        k = rearrange(key[:, columns], "B S K H -> B K S H")
+        q, g_rows, k = qs[..., rows, :], gs[..., rows, :], ks[..., columns, :]
+        kt, vt = kts[..., columns], vts[..., columns]
         weights = jnp.exp(_scores(scale, rows, columns, q, kt, mask) - log_sum)
         dweights = jnp.einsum("BKGTH,BKHS->BKGTS", g_rows, vt, preferred_element_type=F32)
         dscores = (weights * (dweights - inner[..., rows, :]) * scale).astype(q.dtype)
@@ -323,7 +342,10 @@ def cross_entropy_plain(
     (1512.00567, section 7) and z-loss z (2204.02311, section 5). ``head(head_params, hidden)`` gives float32 logits.
     A label outside the vocabulary is harmless where its weight is 0. The second sum carries no gradient.
     """
-    loss, nll, _ = _token_losses(head(head_params, hidden), labels, label_smoothing, z_loss)
+    logits = head(head_params, hidden)
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    nll = log_sum - jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
+    loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_sum - logits.mean(-1)) + z_loss * jnp.square(log_sum)
     return (loss * weights).sum(), jax.lax.stop_gradient((nll * weights).sum())
 
 
@@ -350,11 +372,16 @@ def cross_entropy(
 
 
 def _token_losses(logits, labels, smoothing, z_loss):
-    """Loss, negative log-likelihood and log-sum-exp of each token."""
-    log_sum = jax.nn.logsumexp(logits, axis=-1)
-    nll = log_sum - jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
+    """Loss, negative log-likelihood, log-sum-exp of each token, and its softmax as (numerators, denominator)."""
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
+    # No less than one of its own row: this makes the exponentials wait for the look-up and then take the logits' place.
+    peak = jnp.maximum(logits.max(-1), picked)
+    raised = jnp.exp(logits - peak[..., None])
+    total = raised @ jnp.ones(logits.shape[-1], F32)  # a product: XLA:CPU takes sums of rows in one thread
+    log_sum = peak + jnp.log(total)
+    nll = log_sum - picked
     loss = nll if smoothing == 0.0 else (1.0 - smoothing) * nll + smoothing * (log_sum - logits.mean(-1))
-    return loss if z_loss == 0.0 else loss + z_loss * jnp.square(log_sum), nll, log_sum
+    return loss if z_loss == 0.0 else loss + z_loss * jnp.square(log_sum), nll, log_sum, (raised, total)
 
 
 def _over_chunks(step: Callable, carry: Any, arrays: list[Array], chunk: int | None) -> tuple[Any, list[Array]]:
@@ -389,11 +416,11 @@ def _sums(static, apply, chosen, pieces, with_gradient):
     def step(carry, piece):
         (loss_sum, nll_sum, grads), (hidden, labels, weights) = carry, piece
         logits, pull = jax.vjp(apply, chosen, hidden) if with_gradient else (apply(chosen, hidden), None)
-        loss, nll, log_sum = _token_losses(logits, labels, smoothing, z_loss)
+        loss, nll, log_sum, (raised, total) = _token_losses(logits, labels, smoothing, z_loss)
         loss_sum, nll_sum = loss_sum + (loss * weights).sum(), nll_sum + (nll * weights).sum()
         if pull is None:
             return (loss_sum, nll_sum, grads), []
-        slope = jnp.exp(logits - log_sum[..., None])
+        slope = raised / total[..., None]
         if z_loss != 0.0:
             slope = slope * (1.0 + 2.0 * z_loss * log_sum[..., None])
         is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[..., None]
@@ -459,6 +486,7 @@ class Choice:
     matmul: bool
     norm: bool
     activation: bool
+    rope: bool
     attention: bool
     attention_chunk: int
     cross_entropy: bool
@@ -474,14 +502,15 @@ class Choice:
 
 
 def _all(fused: bool, unroll: bool, attention_chunk: int, loss_logits: int) -> Choice:
-    return Choice(unroll, fused, fused, fused, fused, attention_chunk, fused, loss_logits)
+    return Choice(unroll, fused, fused, fused, fused, fused, attention_chunk, fused, loss_logits)
 
 
 PLAIN = _all(fused=False, unroll=False, attention_chunk=0, loss_logits=0)
 # cpu: two Zen 4 threads, jaxlib 0.10.2, 2026-11-23, full AdamW steps, sides interleaved (benchmarks/train_step.py).
-# Scanned layers took 8 to 9% longer than unrolled ones. Chunks of 64, 128 or 256 queries, and of 2**24, 2**25 or 2**26
-# logits, differed by less than the noise, so memory decides: 2.2 GB with a vocabulary of 50,304 (nanoGPT 6.1).
-MEASURED = {"cpu": _all(fused=True, unroll=True, attention_chunk=128, loss_logits=2**25)}
+# Scanned layers took 8 to 9% longer than unrolled ones. Chunks of 128 queries beat 256 by 2 to 4% and equal 64. With a
+# vocabulary of 50,304 each halving of the logits from 2**26 on costs 1.5%, since the head's gradient is added up once a
+# chunk; so many leave a step at 2.3 GB (nanoGPT 6.1).
+MEASURED = {"cpu": _all(fused=True, unroll=True, attention_chunk=128, loss_logits=2**26)}
 
 
 def choose(compute: Compute, backend: str) -> Choice:

@@ -17,7 +17,7 @@ from xylem.errors import ConfigError
 from xylem.models import llama
 from xylem.models.config import RopeScaling, TransformerConfig
 from xylem.models.conversion import Row
-from xylem.models.families import head_width, require, size, value
+from xylem.models.families.family import head_width, require, size, value
 from xylem.models.gguf_file import Packed, header
 from xylem.models.positions import rope_frequencies
 

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from xylem.errors import CheckpointError, ConfigError
 from xylem.files import whole_folder
 from xylem.models import build, shards
-from xylem.models.config import Compute, TransformerConfig
+from xylem.models.config import Compute, ModelConfig
 from xylem.models.conversion import Place, Row, flatten, listed, read, rows_for, write
-from xylem.models.families import FAMILIES, Family
+from xylem.models.families import FAMILIES, NAMES, Family
 
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 2 << 30
@@ -32,15 +32,15 @@ SHARD_BYTES = 2 << 30
 
 def load(
     folder_or_file: str | os.PathLike, dtype: Any = "float32", place: Place | None = None
-) -> tuple[TransformerConfig, dict]:
+) -> tuple[ModelConfig, dict]:
     """A checkpoint's configuration and parameters.
 
     Memory stays near the size of the tree: each stacked leaf is allocated once and filled from the files a few
     megabytes at a time; jax on a CPU adopts it without a copy, an accelerator takes it before the next one is made.
 
     Args:
-        folder_or_file: a Hugging Face folder (``config.json`` and safetensors, whole or sharded) of GPT-2 or LLaMA, or
-            a GGUF file of the LLaMA family.
+        folder_or_file: a Hugging Face folder (``config.json`` and safetensors, whole or sharded) of one of the
+            ``FAMILIES``, or a GGUF file of the LLaMA family.
         dtype: ``float32`` or ``bfloat16``: of the returned parameters, and of ``config.compute``.
         place: (path, NumPy value) -> what the tree shall hold; ``jax.device_put`` to the default device unless given.
 
@@ -55,22 +55,24 @@ def load(
     if path.suffix == ".gguf":
         from xylem.models import gguf
 
-        config, rows, sources = gguf.open_file(path)
+        (config, rows, sources), optional = gguf.open_file(path), ()
     else:
-        config, rows, sources = _open_folder(path)
-    config = replace(config, compute=Compute(dtype=name, param_dtype=name))
+        config, family, sources = _open_folder(path)
+        rows, optional = family.table(config), family.optional
+    config = config.with_compute(Compute(dtype=name, param_dtype=name))
     place = place or (lambda _, leaf: jax.device_put(leaf))
-    return config, read(str(path), rows, sources, parameter_shapes(config), config.head_dim, place)
+    template = _present(parameter_shapes(config), rows, sources, optional)
+    return config, read(str(path), rows, sources, template, config.head_dim, place)
 
 
 def save(
     folder: str | os.PathLike,
-    config: TransformerConfig,
+    config: ModelConfig,
     params: Mapping[str, Any],
     tokenizer_file: str | os.PathLike | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that Hugging Face's ``AutoModelForCausalLM.from_pretrained`` loads to the same function.
+    """Write a folder that Hugging Face's language model of the family loads to the same function.
 
     The folder appears whole or not at all. Weights that are not plain arrays are materialized.
 
@@ -95,7 +97,8 @@ def save(
     described["torch_dtype"] = np.dtype(flat["embed/embedding"].dtype).name
     try:
         with whole_folder(folder) as draft:
-            _write_weights(draft, FAMILIES[model_type], flat, template, shard_bytes)
+            family = FAMILIES[model_type]
+            _write_weights(draft, family, rows_for(family.table(config), template), flat, template, shard_bytes)
             shards.write_json(draft / "config.json", described)
             if tokenizer_file is not None:
                 shutil.copyfile(tokenizer_file, draft / "tokenizer.json")
@@ -107,13 +110,15 @@ def save(
         raise CheckpointError(f"{folder} could not be written: {error}") from error
 
 
-def describe(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
+def describe(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """Hugging Face's ``model_type`` and ``config.json`` for a configuration.
 
     Raises:
         ConfigError: they cannot say what the configuration says; the fields that would be lost are named.
     """
-    model_type = {"gpt": "gpt2"}.get(config.family, config.family)
+    model_type = NAMES.get(config.family, config.family)
+    if model_type not in FAMILIES:
+        raise ConfigError("family", config.family, f"Hugging Face has no such network; it has {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     described = {"architectures": [family.architecture], "model_type": model_type, **family.from_config(config)}
     # Ids that begin and end a text are the tokenizer's business; left out, transformers would assume those of its own.
@@ -122,20 +127,43 @@ def describe(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
         back = family.to_config(described)
     except ConfigError as error:
         raise ConfigError("config", config.family, f"{model_type} has no such network: {error}") from error
-    kept = [field.name for field in fields(config) if field.name not in ("compute", "init")]
-    lost = {name: getattr(config, name) for name in kept if getattr(config, name) != getattr(back, name)}
+    lost = _differing(config, back)
     if lost:
         raise ConfigError("config", lost, f"{model_type} has no such network")
     return model_type, described
 
 
-def parameter_shapes(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def _differing(ours: Any, theirs: Any, prefix: str = "") -> dict[str, Any]:
+    """Fields of a configuration, nested ones too, that another has otherwise; how it computes or begins aside."""
+    lost = {}
+    for name in (field.name for field in fields(ours)):
+        one, other = getattr(ours, name), getattr(theirs, name)
+        if name in ("compute", "init") or one == other:
+            continue
+        nested = is_dataclass(one) and is_dataclass(other)
+        lost |= _differing(one, other, f"{prefix}{name}.") if nested else {prefix + name: one}
+    return lost
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and type of every parameter, without computing one."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return flatten(jax.eval_shape(build(config).init, jax.random.key(0), tokens)["params"])
 
 
-def _open_folder(folder: Path) -> tuple[TransformerConfig, tuple[Row, ...], dict[str, shards.Stored]]:
+def _present(
+    template: dict[str, jax.ShapeDtypeStruct],
+    rows: tuple[Row, ...],
+    sources: Mapping[str, Any],
+    optional: tuple[str, ...],
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The template without the optional parts (``head/...``) of which the checkpoint holds nothing."""
+    held = {path for row in rows if row.theirs in sources for path in row.ours}
+    lacking = tuple(f"{part}/" for part in optional if not any(path.startswith(f"{part}/") for path in held))
+    return {path: leaf for path, leaf in template.items() if not path.startswith(lacking)}
+
+
+def _open_folder(folder: Path) -> tuple[ModelConfig, Family, dict[str, shards.Stored]]:
     if not folder.is_dir():
         hint = "there is no such folder or file"
         if folder.is_file():
@@ -147,17 +175,18 @@ def _open_folder(folder: Path) -> tuple[TransformerConfig, tuple[Row, ...], dict
     if model_type not in FAMILIES:
         raise ConfigError("model_type", model_type, f"supported are {', '.join(FAMILIES)}", FAMILIES)
     family = FAMILIES[model_type]
-    config = family.to_config(raw)
+    tensors = shards.tensors(folder)
+    config = family.to_config({**raw, "holds_head": "lm_head.weight" in tensors})
     sources = {}
-    for name, tensor in shards.tensors(folder).items():
+    for name, tensor in tensors.items():
         name = name.removeprefix(family.prefix)
-        if family.ignored.fullmatch(name) or (name == "lm_head.weight" and config.head == "tied"):
+        if family.ignored.fullmatch(name) or (name == "lm_head.weight" and config.head != "untied"):
             continue
         if tensor.dtype not in shards.TYPES:
             known = ", ".join(shards.TYPES)
             raise ConfigError(name, tensor.dtype, f"in {tensor.file}: types that can be read are {known}", shards.TYPES)
         sources[name] = tensor
-    return config, family.rows, sources
+    return config, family, sources
 
 
 def _check_tree(flat: Mapping[str, Any], template: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -171,16 +200,19 @@ def _check_tree(flat: Mapping[str, Any], template: Mapping[str, jax.ShapeDtypeSt
 
 
 def _write_weights(
-    folder: Path, family: Family, flat: Mapping[str, Any], template: Mapping[str, Any], shard_bytes: int
+    folder: Path,
+    family: Family,
+    rows: list[Row],
+    flat: Mapping[str, Any],
+    template: Mapping[str, Any],
+    shard_bytes: int,
 ) -> None:
     """The family's rows, layer by layer, under the names that its language model gives them."""
-    rows = rows_for(family.rows, template)
     where, plan = {}, []
     for layer in range(max(template[row.ours[0]].shape[0] for row in rows if row.stacked)):
         for row in rows:
-            if row.stacked or layer == 0:
-                name = row.theirs.format(layer=layer)
-                name = name if name == "lm_head.weight" else family.prefix + name
+            if layer < (template[row.ours[0]].shape[0] if row.stacked else 1):
+                name = family.outer(row.theirs.format(layer=layer))
                 where[name] = row, layer
                 plan.append((name, math.prod(row.shape(template)) * np.dtype(flat[row.ours[0]].dtype).itemsize))
 

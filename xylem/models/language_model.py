@@ -47,10 +47,12 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def head(self, params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of final states: the output matrix apart from the rest, so losses and prefill can chunk it."""
-        if self.config.head == "tied":
-            weight, equation = params["embed"]["embedding"], "...d,vd->...v"
-        else:
+        if self.config.head == "untied":
             weight, equation = params["head"]["kernel"], "...d,dv->...v"
+        else:
+            weight, equation = params["embed"]["embedding"], "...d,vd->...v"
+        if self.config.head == "tied_scaled":
+            hidden = hidden * self.config.d_model**-0.5
         if is_leaf(weight):
             return weight.einsum(equation, hidden).astype(jnp.float32)
         # Summed and kept in float32 even where both sides are bfloat16.
@@ -59,13 +61,14 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def head_params(self, params: dict[str, Any]) -> dict[str, Any]:
         """The part of the tree that ``head`` reads."""
-        name = "embed" if self.config.head == "tied" else "head"
+        name = "head" if self.config.head == "untied" else "embed"
         return {name: params[name]}
 
     @nn.nowrap
     def check_call(self, token_types: Array | None) -> None:
-        """Raise ValueError for token types, which no decoder has, and for taps at sites that this one does not have."""
-        if token_types is not None:
+        """Raise ValueError for token types where the embedding has none, and for taps at sites that there are not."""
+        embedding = getattr(self.config, "embedding", None)
+        if token_types is not None and not (embedding and embedding.token_types):
             raise ValueError(f"token_types: the {self.config.family} family has no token types")
         unknown = [name for name in self.taps if name not in self.SITES]
         if unknown:

@@ -7,6 +7,7 @@ array or a leaf (``leaves.py``), and checks the shape against what the config as
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import flax.linen as nn
@@ -72,17 +73,36 @@ class Dense(nn.Module):
         return y
 
 
+def side_by_side(
+    module: nn.Module,
+    joined: str,
+    widths: dict[str, int],
+    x: Float[Array, "*B I"],
+    config: TransformerConfig,
+    kernels: Choice,
+) -> list[Float[Array, "*B O"]]:
+    """Products of one input with several kernels of the calling module: ``widths`` are their names and columns.
+
+    One product where the tree holds them ``joined`` (``joined.fuse``), one each where it does not.
+    """
+    if not module.has_variable("params", joined):
+        return [Dense(width, config.init.kernel, config, kernels, name=name)(x) for name, width in widths.items()]
+    y = Dense(sum(widths.values()), config.init.kernel, config, kernels, name=joined)(x)
+    return jnp.split(y, list(accumulate(widths.values()))[:-1], axis=-1)
+
+
 class Embed(nn.Module):
     """Rows of a table, in the compute type."""
 
     rows: int
+    features: int
     std: float
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         compute = self.config.compute
-        table = parameter(self, "embedding", self.std, (self.rows, self.config.d_model), compute.param_dtype)
+        table = parameter(self, "embedding", self.std, (self.rows, self.features), compute.param_dtype)
         if isinstance(table, Leaf):
             return table.take(ids).astype(compute.dtype)
         return jnp.take(table, ids, axis=0).astype(compute.dtype)
@@ -116,13 +136,14 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
         config, kernels = self.config, self.kernels
-        up = Dense(config.d_ff, config.init.kernel, config, kernels, name="up")(x)
         flat = lambda y: y.reshape(-1, y.shape[-1])  # noqa: E731
         if config.gated:
-            gate = Dense(config.d_ff, config.init.kernel, config, kernels, name="gate")(x)
+            widths = {"up": config.d_ff, "gate": config.d_ff}
+            up, gate = side_by_side(self, "up_gate", widths, x, config, kernels)
             act = fused.gated if kernels.activation else fused.gated_plain
             inner: Any = act(config.activation, flat(gate), flat(up))
         else:
+            up = Dense(config.d_ff, config.init.kernel, config, kernels, name="up")(x)
             act = fused.activation if kernels.activation else fused.activation_plain
             inner = act(config.activation, flat(up))
         inner = site("mlp_inner", inner.reshape(up.shape))

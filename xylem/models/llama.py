@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from xylem.models.config import Initializers, RopeScaling, TransformerConfig
+from xylem.models.config import Initializers, PositionConfig, RopeScaling, TransformerConfig
 
 
 def initializers(num_layers: int) -> Initializers:
@@ -44,9 +44,7 @@ def llama(
         activation="swiglu",
         norm="rmsnorm",
         norm_eps=norm_eps,
-        positions="rope",
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        positions=PositionConfig("rope", rope_theta=rope_theta, rope_scaling=rope_scaling),
         bias="none",
         head=head,
         init=initializers(num_layers),

@@ -1,9 +1,12 @@
-"""Where a token stands: positions within a document, sinusoids, and rotary embeddings.
+"""Where a token stands: positions within a document, sinusoids, rotary embeddings, and buckets of distances.
 
 Learned positions are an ``Embed`` table (see ``transformer.py``); everything here is a formula.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,3 +65,23 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def relative_buckets(
+    distances: Int[Array, "*B T S"], buckets: int, max_distance: int, mask: Literal["causal", "bidirectional"]
+) -> Int[Array, "*B T S"]:
+    """Bucket of each distance ``key position - query position`` (T5 1910.10683, section 2.1).
+
+    Half of the buckets hold one distance each, the other half distances up to ``max_distance`` in logarithmic steps,
+    and the last of them all beyond. Where keys may also lie ahead, each direction has half of the buckets.
+    """
+    ahead = 0
+    if mask == "bidirectional":
+        buckets //= 2
+        ahead = (distances > 0).astype(jnp.int32) * buckets
+        distances = -jnp.abs(distances)
+    back = jnp.maximum(-distances, 0)
+    exact = buckets // 2
+    steps = jnp.log(jnp.maximum(back, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    far = jnp.minimum(exact + (steps * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return ahead + jnp.where(back < exact, back, far)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -93,6 +94,11 @@ def layer_runs(module: nn.Module, block: nn.Module, num_layers: int, h: Array, c
     return stacks
 
 
+def _with(own: Any, once: Any) -> Any:
+    """One layer's tree: what is its own, and where that is None what all layers share."""
+    return jax.tree.map(lambda a, b: b[0] if a is None else a, own, once, is_leaf=lambda x: x is None)
+
+
 def scan_layers(
     block: nn.Module,
     stacks: list[Any],
@@ -103,11 +109,16 @@ def scan_layers(
     intervene: Intervention | None,
     remat: str,
     unroll: bool,
+    shared: int | None = None,
 ) -> tuple[Array, Any, dict[str, Array]]:
-    """Every layer of every run in order; the cache is carried, taps come back stacked by layer."""
+    """Every layer of every run in order; the cache is carried, taps come back stacked by layer.
 
-    def body(carry, inputs):
-        (h, cache), (layer_params, layer) = carry, inputs
+    ``shared``: one run of so many layers, where what is held only once (a layer axis of 1) serves them all.
+    """
+
+    def body(once, carry, inputs):
+        (h, cache), (own, layer) = carry, inputs
+        layer_params = own if once is None else _with(own, once)
         h, cache, kept = block_apply(block, layer_params, h, context, cache, layer, taps, intervene)
         return (h, cache), kept
 
@@ -117,8 +128,11 @@ def scan_layers(
         body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
     carry, start, kept = (h, cache), 0, []
     for stack in stacks:
-        length = run_length(stack)
+        length, once = shared or run_length(stack), None
+        if shared is not None:
+            once = jax.tree.map(lambda x: x if x.shape[0] == 1 else None, stack)
+            stack = jax.tree.map(lambda x: None if x.shape[0] == 1 else x, stack)
         inputs = (stack, start + jnp.arange(length))
-        carry, tapped = jax.lax.scan(body, carry, inputs, unroll=length if unroll else 1)
+        carry, tapped = jax.lax.scan(partial(body, once), carry, inputs, unroll=length if unroll else 1)
         start, kept = start + length, [*kept, tapped]
     return *carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)

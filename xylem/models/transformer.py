@@ -10,56 +10,160 @@ How layers are stored, scanned, tapped and intervened in is told in ``stack.py``
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from einops import rearrange
+from jaxtyping import Array, Float, Int
 
-from xylem.models.attention import Attention
-from xylem.models.cache import KVCache
+from xylem.models import fused
+from xylem.models.attention import Attention, Context, CrossAttention
+from xylem.models.cache import AttentionCache, KVCache
 from xylem.models.config import TransformerConfig
-from xylem.models.fused import Choice, choose
+from xylem.models.fused import Choice
 from xylem.models.language_model import Head, LanguageModel, Output
-from xylem.models.layers import MLP, Adapter, Embed, Norm
+from xylem.models.layers import MLP, Adapter, Dense, Embed, Norm
 from xylem.models.masks import Mask
-from xylem.models.positions import rope_tables, segment_positions, sinusoidal
+from xylem.models.positions import relative_buckets, rope_tables, segment_positions, sinusoidal
 from xylem.models.stack import Sites, layer_runs, scan_layers
 from xylem.sharding import constrain
 
 
-class Context(struct.PyTreeNode):
-    """What every layer of one call shares."""
-
-    mask: Mask
-    rope: tuple[Array, Array] | None
-    rng: PRNGKeyArray | None
-    train: bool = struct.field(pytree_node=False)
-
-
 class Block(nn.Module):
-    """One pre-norm layer: attention and MLP, each behind a norm and added to the stream."""
+    """One layer: attention and MLP, each with a norm in front of it or behind, and added to the stream."""
 
     config: TransformerConfig
     kernels: Choice
 
     @nn.compact
-    def __call__(self, h: Float[Array, "B T D"], context: Context, cache: KVCache | None, layer: Any, site: Any):
+    def __call__(self, h: Float[Array, "B T D"], context: Context, cache: AttentionCache | None, layer: Any, site: Any):
         config, kernels = self.config, self.kernels
-        drop = nn.Dropout(config.dropout, deterministic=not context.train)
-        x = Norm(config, kernels, name="attention_norm")(h)
+        if config.attention.window is not None:
+            # A width that is computed, so that one compiled layer serves both kinds.
+            width = jnp.where(layer % 2 == 1, config.attention.window, config.max_length)
+            context = context.replace(mask=context.mask.replace(window=width))
         attention = Attention(config, kernels, name="attention")
-        x, cache = attention(x, context.mask, context.rope, cache, layer, context.train)
-        h = constrain(h + drop(self._slot("attention_adapter", site("attention_out", x))), "batch", None, None)
-        x = Norm(config, kernels, name="mlp_norm")(h)
-        x = site("mlp_out", MLP(config, kernels, name="mlp")(x, site))
-        h = constrain(h + drop(self._slot("mlp_adapter", x)), "batch", None, None)
+        x, cache = attention(self._before("attention", h), context, cache, layer)
+        h = self._after("attention", h, site("attention_out", x), context)
+        if context.memory_mask is not None:
+            cross = CrossAttention(config, kernels, name="cross_attention")
+            x = cross(self._before("cross_attention", h), context, cache, layer)
+            h = self._after("cross_attention", h, site("cross_attention_out", x), context)
+        x = MLP(config, kernels, name="mlp")(self._before("mlp", h), site)
+        h = self._after("mlp", h, site("mlp_out", x), context)
         return site("block_out", h), cache
 
-    def _slot(self, name: str, x: Array) -> Array:
-        return Adapter(name=name)(x) if self.has_variable("params", name) else x
+    @nn.nowrap
+    def _before(self, name: str, h: Array) -> Array:
+        """What the sublayer reads."""
+        return Norm(self.config, self.kernels, name=f"{name}_norm")(h) if self.config.norm_position == "pre" else h
+
+    @nn.nowrap
+    def _after(self, name: str, h: Array, x: Array, context: Context) -> Array:
+        """The stream ``h`` with the sublayer's ``x`` added."""
+        if self.has_variable("params", f"{name}_adapter"):
+            x = Adapter(name=f"{name}_adapter")(x)
+        h = constrain(h + nn.Dropout(self.config.dropout, deterministic=not context.train)(x), "batch", None, None)
+        return Norm(self.config, self.kernels, name=f"{name}_norm")(h) if self.config.norm_position == "post" else h
+
+
+def embed_tokens(
+    module: nn.Module,
+    config: TransformerConfig,
+    kernels: Choice,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "#B T"],
+    token_types: Int[Array, "B T"] | None = None,
+    embeddings: Float[Array, "B T D"] | None = None,
+    train: bool = False,
+) -> Float[Array, "B T D"]:
+    """The stream before the first layer, from submodules of the calling ``module``: ``embed`` and what goes with it."""
+    look_up = Embed(config.vocab_size, config.embedding_size, config.init.embedding, config, name="embed")
+    h = look_up(tokens) if embeddings is None else embeddings.astype(config.compute.dtype)
+    return add_positions(module, config, kernels, h, positions, token_types, train)
+
+
+def add_positions(
+    module: nn.Module,
+    config: TransformerConfig,
+    kernels: Choice,
+    h: Float[Array, "B T E"],
+    positions: Int[Array, "#B T"],
+    token_types: Int[Array, "B T"] | None = None,
+    train: bool = False,
+) -> Float[Array, "B T D"]:
+    """The stream before the first layer from looked-up embeddings, by submodules of the calling ``module``."""
+    embedding, width = config.embedding, config.embedding_size
+    if embedding.scale == "sqrt_d_model":
+        h = h * math.sqrt(config.d_model)
+    if config.positions.kind == "learned":
+        rows = config.positions.offset + config.max_length
+        table = Embed(rows, width, config.init.positions, config, name="positions")
+        # Rows for every text, equal ones too: XLA:CPU is slow to sum a gradient over the batch, quick to scatter it.
+        h = h + table(jnp.broadcast_to(positions + config.positions.offset, h.shape[:2]))
+    elif config.positions.kind == "sinusoidal":
+        h = h + sinusoidal(positions, width).astype(h.dtype)
+    if embedding.token_types:
+        types = jnp.zeros(h.shape[:2], jnp.int32) if token_types is None else token_types
+        h = h + Embed(embedding.token_types, width, config.init.embedding, config, name="token_types")(types)
+    if embedding.norm == "present":
+        h = Norm(config, kernels, name="embed_norm")(h)
+    h = nn.Dropout(config.dropout, deterministic=not train)(h)
+    if embedding.size is not None:
+        h = Dense(config.d_model, config.init.kernel, config, kernels, name="embed_projection")(h)
+    return constrain(h, "batch", None, None)
+
+
+def run_layers(
+    module: Any,
+    config: TransformerConfig,
+    kernels: Choice,
+    h: Float[Array, "B T D"],
+    mask: Mask,
+    positions: tuple[Int[Array, "#B T"], Int[Array, "#B S"]],
+    cache: Any,
+    train: bool,
+    memory: Float[Array, "B source D"] | None = None,
+    memory_mask: Mask | None = None,
+) -> tuple[Float[Array, "B T D"], Any, dict[str, Array]]:
+    """All layers of the calling ``module`` and the norm behind them; ``positions`` are those of queries and of keys.
+
+    With a ``memory_mask`` each layer also attends to ``memory``, or to what the cache holds of it.
+
+    Returns the final states, the cache and what was tapped.
+    """
+    where, rope, bias = config.positions, None, None
+    if where.rope_theta is not None:
+        tables = fused.rope_tables if kernels.rope else rope_tables
+        rope = tables(positions[0], config.head_dim, where.rope_theta, where.rope_scaling)
+    if where.buckets is not None and where.max_distance is not None:
+        distances = positions[1][:, None, :] - positions[0][:, :, None]
+        buckets = relative_buckets(distances, where.buckets, where.max_distance, config.attention.mask)
+        table = Embed(where.buckets, config.num_heads, config.init.positions, config, name="relative_bias")
+        bias = rearrange(table(buckets), "b t s n -> b n t s").astype(jnp.float32)
+    rng = module.make_rng("dropout") if train and config.dropout > 0.0 else None
+    context = Context(mask, rope, bias, rng, memory, memory_mask, train)
+    block = Block(config, kernels, parent=None)
+    shared = config.num_layers if config.sharing == "all" else None
+    stacks = layer_runs(module, block, 1 if shared else config.num_layers, h, context)
+    h, cache, kept = scan_layers(
+        block,
+        stacks,
+        h,
+        context,
+        cache,
+        tuple(name for name in module.taps if name != "embed"),
+        module.intervene,
+        config.compute.remat,
+        kernels.unroll,
+        shared,
+    )
+    if config.norm_position == "pre":
+        h = Norm(config, kernels, name="final_norm")(h)
+    return h, cache, kept
 
 
 class CausalLM(LanguageModel):
@@ -92,37 +196,18 @@ class CausalLM(LanguageModel):
         ``segments`` say which are real (1) and which are padding on a row's right (0), which the cache forgets.
         ``train=True`` applies dropout and needs ``rngs={"dropout": key}`` when the rate is above 0.
         """
-        config, kernels = self.config, choose(self.config.compute, jax.default_backend())
+        config, kernels = self.config, fused.choose(self.config.compute, jax.default_backend())
         self._check(tokens, token_types)
-        embed = Embed(config.vocab_size, config.init.embedding, config, name="embed")
-        h = embed(tokens) if embeddings is None else embeddings.astype(config.compute.dtype)
         if positions is None:
-            positions = _positions(tokens, segments, cache)
-        if config.positions == "learned":
-            h = h + Embed(config.max_length, config.init.positions, config, name="positions")(positions)
-        elif config.positions == "sinusoidal":
-            h = h + sinusoidal(positions, config.d_model).astype(h.dtype)
-        h = constrain(nn.Dropout(config.dropout, deterministic=not train)(h), "batch", None, None)
+            positions = positions_of(tokens, segments, cache)
+        h = embed_tokens(self, config, kernels, tokens, positions, token_types, embeddings, train)
         door = Sites(jnp.int32(-1), self.taps, self.intervene)
         h = door("embed", h)
-
-        rope = None
-        if config.rope_theta is not None:
-            rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         # What a cache holds is one document a row, and padding on its right lies after every real query.
         packed = Mask(query_segments=segments, key_segments=segments)
-        context = Context(
-            mask=packed if cache is None else Mask(offset=cache.lengths),
-            rope=rope,
-            rng=self.make_rng("dropout") if train and config.dropout > 0.0 else None,
-            train=train,
-        )
-        block = Block(config, kernels, parent=None)
-        stacks = layer_runs(self, block, config.num_layers, h, context)
-        layer_taps = tuple(name for name in self.taps if name != "embed")
-        remat, unroll = config.compute.remat, kernels.unroll
-        h, cache, kept = scan_layers(block, stacks, h, context, cache, layer_taps, self.intervene, remat, unroll)
-        hidden = Norm(config, kernels, name="final_norm")(h)
+        mask = packed if cache is None else Mask(offset=cache.lengths)
+        keys = positions if cache is None else jnp.arange(cache.capacity)[None]
+        hidden, cache, kept = run_layers(self, config, kernels, h, mask, (positions, keys), cache, train)
         if config.head == "untied":
             Head(config, name="head")()
         logits = self.head(dict(self.variables["params"]), hidden)
@@ -138,12 +223,16 @@ class CausalLM(LanguageModel):
     @nn.nowrap
     def _check(self, tokens: Array, token_types: Array | None) -> None:
         self.check_call(token_types)
-        config = self.config
-        if config.positions == "learned" and tokens.shape[1] > config.max_length:
-            raise ValueError(f"{tokens.shape[1]} tokens: the position table has max_length = {config.max_length} rows")
+        check_length(self.config, tokens)
 
 
-def _positions(tokens: Array, segments: Array | None, cache: KVCache | None) -> Int[Array, "#B T"]:
+def check_length(config: TransformerConfig, tokens: Array) -> None:
+    """Raise ValueError for more tokens than a learned table has rows."""
+    if config.positions.kind == "learned" and tokens.shape[1] > config.max_length:
+        raise ValueError(f"{tokens.shape[1]} tokens: the position table has max_length = {config.max_length} rows")
+
+
+def positions_of(tokens: Array, segments: Array | None, cache: AttentionCache | None = None) -> Int[Array, "#B T"]:
     """Where each token stands in its document, counted from 0."""
     if cache is None and segments is not None:
         return segment_positions(segments)

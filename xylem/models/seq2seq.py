@@ -1,0 +1,159 @@
+"""Encoder-decoders: the 2017 Transformer, BART and T5 are settings of one config.
+
+The encoder reads a text in both directions; every layer of the decoder attends to what has been written so far and then
+to the encoder's final states (1706.03762, figure 1). One embedding table serves both sides and, where tied, the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from xylem.models import fused
+from xylem.models.cache import KVCache, Seq2SeqCache
+from xylem.models.config import Seq2SeqConfig, TransformerConfig
+from xylem.models.language_model import Head, LanguageModel, Output
+from xylem.models.layers import Embed, add_bias, einsum, split_heads
+from xylem.models.masks import Mask
+from xylem.models.stack import Intervention, Sites, runs
+from xylem.models.transformer import add_positions, check_length, positions_of, run_layers
+
+
+class Seq2Seq(LanguageModel):
+    """An encoder-decoder language model.
+
+    ``params`` hold ``embed``, ``encoder`` and ``decoder`` (each with its positions, norms and runs of ``layers``) and,
+    when it is not tied to the embedding, ``head``. Taps and interventions are the decoder's; ``encode`` has none.
+    """
+
+    config: Seq2SeqConfig
+
+    SITES: ClassVar = ("embed", "attention_out", "cross_attention_out", "mlp_inner", "mlp_out", "block_out")
+
+    def setup(self):
+        config = self.config
+        self.embed = Embed(config.vocab_size, config.d_model, config.init.embedding, config.decoder)
+        self.encoder = Side(config.encoder)
+        self.decoder = Side(config.decoder, self.taps, self.intervene)
+        if config.head == "untied":
+            self.output = Head(config, name="head")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"] | None,
+        decoder_tokens: Int[Array, "B T"] | None = None,
+        *,
+        segments: Int[Array, "B S"] | None = None,
+        decoder_segments: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
+        token_types: None = None,
+        embeddings: Float[Array, "B S D"] | None = None,
+        cache: Seq2SeqCache | None = None,
+        train: bool = False,
+    ) -> Output:
+        """Logits of the token behind each of ``decoder_tokens`` (those of ``tokens`` where none are given).
+
+        ``segments`` and ``decoder_segments`` (0 is padding) keep packed pairs apart: a target sees the source of the
+        same id. ``embeddings`` replace the look-up of ``tokens``. With a ``cache`` (``start``) the decoder's tokens
+        continue each row, and ``tokens`` may be None.
+        """
+        self.check_call(token_types)
+        if decoder_tokens is None:
+            decoder_tokens = tokens
+        assert decoder_tokens is not None, "tokens or decoder_tokens"
+        check_length(self.config.decoder, decoder_tokens)
+        memory = None
+        if cache is None:
+            assert tokens is not None, "tokens, or a cache that holds what was made of them"
+            memory = self.encode(tokens, segments=segments, embeddings=embeddings, train=train)
+            sources = segments
+        else:
+            sources = cache.segments
+        if cache is None and decoder_segments is not None:
+            targets = decoder_segments
+        else:
+            targets = None if sources is None else jnp.ones_like(decoder_tokens)
+            sources = sources if decoder_segments is None or sources is None else (sources > 0).astype(jnp.int32)
+        memory_mask = Mask(causal=False, query_segments=targets, key_segments=sources)
+        if positions is None:
+            positions = positions_of(decoder_tokens, decoder_segments, cache)
+        h = self.embed(decoder_tokens)
+        hidden, cache, taps = self.decoder(h, positions, decoder_segments, cache, train, memory, memory_mask)
+        if self.config.head == "untied":
+            self.output()
+        logits = self.head(dict(self.variables["params"]), hidden)
+        if cache is not None:
+            new = decoder_tokens.shape[1] if decoder_segments is None else (decoder_segments > 0).sum(1)
+            cache = cache.advance(new)
+        return Output(logits=logits, hidden=hidden, cache=cache, taps=taps)
+
+    def encode(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        segments: Int[Array, "B S"] | None = None,
+        embeddings: Float[Array, "B S D"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B S D"]:
+        """The encoder's final states."""
+        check_length(self.config.encoder, tokens)
+        h = self.embed(tokens) if embeddings is None else embeddings.astype(self.config.compute.dtype)
+        return self.encoder(h, positions_of(tokens, segments), segments, None, train)[0]
+
+    @nn.nowrap
+    def start(
+        self, params: dict[str, Any], tokens: Int[Array, "B S"], max_length: int, segments: Int[Array, "B S"] | None
+    ) -> Seq2SeqCache:
+        """Read the source texts: an empty cache of ``max_length`` target tokens a row, with their keys and values."""
+        config = self.config.decoder
+        memory: Any = self.apply({"params": params}, tokens, segments=segments, method="encode")
+
+        def remember(layer: dict[str, Any]) -> tuple[Array, Array]:
+            made = []
+            for name in ("key", "value"):
+                part = layer["cross_attention"][name]
+                y = einsum("...i,io->...o", memory, part["kernel"])
+                made.append(split_heads(add_bias(y, part["bias"]) if "bias" in part else y, config.head_dim))
+            return made[0], made[1]
+
+        pairs = [jax.vmap(remember)(params["decoder"][name]) for name in runs(params["decoder"])]
+        keys, values = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
+        real = jnp.ones_like(tokens) if segments is None else segments
+        return Seq2SeqCache(KVCache.init(config, tokens.shape[0], max_length), keys, values, real)
+
+
+class Side(nn.Module):
+    """One of the two stacks: positions, layers, norm."""
+
+    config: TransformerConfig
+    taps: tuple[str, ...] = ()
+    intervene: Intervention | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        h: Float[Array, "B T D"],
+        positions: Int[Array, "#B T"],
+        segments: Int[Array, "B T"] | None,
+        cache: Seq2SeqCache | None,
+        train: bool,
+        memory: Float[Array, "B source D"] | None = None,
+        memory_mask: Mask | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any, dict[str, Array]]:
+        """Final states, the cache and what was tapped, from looked-up embeddings."""
+        config, kernels = self.config, fused.choose(self.config.compute, jax.default_backend())
+        h = add_positions(self, config, kernels, h, positions, None, train)
+        door = Sites(jnp.int32(-1), self.taps, self.intervene)
+        h = door("embed", h)
+        causal = config.attention.mask == "causal"
+        if cache is None:
+            mask, keys = Mask(causal=causal, query_segments=segments, key_segments=segments), positions
+        else:
+            mask, keys = Mask(offset=cache.lengths), jnp.arange(cache.capacity)[None]
+        both = positions, keys
+        hidden, cache, kept = run_layers(self, config, kernels, h, mask, both, cache, train, memory, memory_mask)
+        return hidden, cache, {**door.kept, **kept}
