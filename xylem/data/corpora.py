@@ -1,9 +1,11 @@
 """Corpora: where documents come from, split by split. A document is a str; the text is never changed."""
 
+import contextlib
 import glob
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -252,9 +254,6 @@ def _tfds_builder(name: str, config: DataConfig) -> Any:
 
 def _prepare_tfds(builder: Any, name: str, config: DataConfig, report: files.Report) -> None:
     """Download what the builder reads, or take it from ``manual_dir``, and write it as ArrayRecord, once."""
-    import contextlib
-    import io
-
     import tensorflow_datasets as tfds
 
     folder = _tfds_folder(config)
