@@ -26,22 +26,9 @@ class Arguments:
 
 def main(arguments: list[str]) -> None:
     """Parse, call, print."""
-    from xylem.configs.pretrain import RUNS
-    from xylem.errors import ConfigError
+    from xylem.configs.pretrain import parse
 
-    named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
-    name = named[0] if named else "default"
-    if name not in RUNS:
-        raise ConfigError("PRESET", name, f"it must be one of {', '.join(RUNS)}", RUNS)
-
-    parsed = tyro.cli(
-        Arguments,
-        prog="plan.py [PRESET]",
-        description=f"{__doc__}\nPresets: {', '.join(RUNS)}.",
-        default=Arguments(run=RUNS[name]()),
-        args=arguments[len(named) :],
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    name, parsed = parse(arguments, "plan.py", str(__doc__), around=Arguments)
 
     from xylem.training.plan import GIB, plan
 

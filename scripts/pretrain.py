@@ -15,25 +15,9 @@ def main(arguments: list[str]) -> None:
     """Parse, call."""
     import sys
 
-    import tyro
+    from xylem.configs.pretrain import parse
 
-    from xylem.configs.pretrain import RUNS
-    from xylem.errors import ConfigError
-    from xylem.training.config import RunConfig
-
-    named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
-    name = named[0] if named else "default"
-    if name not in RUNS:
-        raise ConfigError("PRESET", name, f"it must be one of {', '.join(RUNS)}", RUNS)
-    description = f"{__doc__}\nPresets: {', '.join(RUNS)}."
-    config = tyro.cli(
-        RunConfig,
-        prog="pretrain.py [PRESET]",
-        description=description,
-        default=RUNS[name](),
-        args=arguments[len(named) :],
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    _, config = parse(arguments, "pretrain.py", str(__doc__), around=lambda run: run)
 
     from xylem.training.loop import pretrain
 

@@ -14,7 +14,8 @@ from xylem.errors import CheckpointError, Failure
 
 Report = Callable[[str], None]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# No space, no quota left, or a file that may grow no further.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Below this, a write that failed for an unnamed reason failed because the disk is full.
 _NOTHING_FREE = 1 << 20
 
@@ -40,8 +41,8 @@ def _tells_of_full_disk(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, names a full disk; the C++ writers say so in words only."""
     if error is None:
         return False
-    in_words = any(os.strerror(number) in str(error) for number in _FULL)
-    return getattr(error, "errno", None) in _FULL or in_words or _tells_of_full_disk(error.__cause__)
+    in_words = any(os.strerror(number) in str(error) for number in DISK_FULL)
+    return getattr(error, "errno", None) in DISK_FULL or in_words or _tells_of_full_disk(error.__cause__)
 
 
 @contextmanager
@@ -97,23 +98,24 @@ def locked(path: Path, report: Report) -> Iterator[None]:
 def whole_folder(final: Path) -> Iterator[Path]:
     """A new folder beside ``final`` that takes its place when the block ends well, and vanishes when it does not.
 
-    Whatever stood at ``final``, and what earlier processes killed midway left beside it, is removed. The caller holds
-    the lock of ``final``.
+    Whatever stood at ``final``, and what earlier processes killed midway left beside it, is removed. Where several
+    processes may write ``final``, the caller holds its lock.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{final.name}.building-"
-    for left_over in final.parent.glob(f"{prefix}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    with disk_full_named(final.parent):
-        building = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
-        try:
-            building.chmod(0o755)
-            yield building
-            for path in building.rglob("*"):
-                sync(path)
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(building, final)
-            sync(final.parent)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    for path in final.parent.iterdir():
+        if path.name.startswith(prefix):
+            shutil.rmtree(path, ignore_errors=True)
+    building = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+    try:
+        building.chmod(0o755)
+        yield building
+        for path in building.rglob("*"):
+            sync(path)
+        sync(building)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(building, final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)

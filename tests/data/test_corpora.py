@@ -5,6 +5,7 @@ import hashlib
 import json
 
 import pytest
+from documents import silent
 
 from xylem.data import corpora
 from xylem.data.config import DataConfig, cache_root
@@ -12,10 +13,6 @@ from xylem.errors import ConfigError
 
 # Articles in each split: Merity et al. 2017 (1609.07843), table 1.
 ARTICLES = {"train": 600, "validation": 60, "test": 60}
-
-
-def silent(_: str) -> None:
-    """A report nobody reads."""
 
 
 @pytest.fixture(scope="module")

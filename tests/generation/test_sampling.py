@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from xylem import models
-from xylem.data import tokenizers
 from xylem.errors import ConfigError
-from xylem.generation.generator import Generator
-from xylem.generation.sampling import Sampling, draw, filter_logits, generate
+from xylem.generation.sampling import BUCKET, Sampling, _loop, draw, filter_logits, generate
 from xylem.models.config import Compute
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
@@ -123,6 +121,17 @@ def test_the_same_key_draws_the_same_and_another_differs(model):
     assert not np.array_equal(call(0), call(1))
 
 
+def test_budgets_of_one_bucket_share_a_program_and_a_shorter_one_is_a_beginning(model):
+    module, params = model
+    call = lambda budget: generate(module, params, [[1, 2, 3]], Sampling(budget, 1.0), jax.random.key(0)).tokens[0]  # noqa: E731
+    longest, compiled = call(13), _loop._cache_size()
+    for budget in (1, 2, 7, 12):
+        np.testing.assert_array_equal(call(budget), longest[:budget])
+    assert _loop._cache_size() == compiled
+    assert len(call(BUCKET + 1)) == BUCKET + 1
+    assert _loop._cache_size() == compiled + 1
+
+
 @pytest.mark.parametrize(
     ("texts", "sampling", "message"),
     [
@@ -143,18 +152,3 @@ def test_bad_prompts_are_named(model, texts, sampling, message):
 def test_bad_sampling_values_are_named(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         Sampling(**values)
-
-
-def test_generator_continues_texts_and_stops_at_the_end_of_text():
-    tokenizer = tokenizers.byte_level()
-    config = gpt(1, 16, 2, vocab_size=tokenizer.vocab_size, max_length=64)
-    module = models.build(dataclasses.replace(config, compute=Compute(layers="scan", kernels="plain")))
-    params = jax.jit(lambda key: module.init(key, jnp.zeros((1, 2), jnp.int32))["params"])(jax.random.key(0))
-    texts = Generator(module, params, tokenizer)(["ab", "a longer one"], Sampling(5, temperature=0.0))
-    ids = [[tokenizer.end_of_text, *b"ab"], [tokenizer.end_of_text, *b"a longer one"]]
-    tokens = generate(module, params, ids, Sampling(5, temperature=0.0), jax.random.key(0)).tokens
-    assert texts == [tokenizer.decode(each) for each in tokens]
-    ending = jax.tree.map(jnp.zeros_like, params)
-    ending["final_norm"]["bias"] = jnp.ones(16)
-    ending["embed"]["embedding"] = ending["embed"]["embedding"].at[tokenizer.end_of_text].set(1.0)
-    assert Generator(module, ending, tokenizer)(["ab"], Sampling(5, temperature=0.0)) == [""]

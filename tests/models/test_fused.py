@@ -210,6 +210,30 @@ def _score_sizes(text: str) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in found if int(b) != 4]
 
 
+@pytest.mark.parametrize(
+    "batch, blocks, parts",
+    [(8, 1, 4), (8, 2, 4), (8, 3, 2), (8, 6, 1), (6, 1, 3), (6, 4, 2), (2, 1, 2), (5, 1, 1), (1, 1, 1)],
+)
+def test_fused_attention_cuts_the_batch_where_blocks_are_few(batch, blocks, parts):
+    shape = jax.ShapeDtypeStruct((batch, 12, 2, 4), jnp.float32)
+    run = lambda *a: fused.attention(*a, Mask(), 0.5, -(-12 // blocks))  # noqa: E731
+
+    def calls() -> list[int]:
+        """Rows of each call of the hand-written derivative."""
+        equations = jax.make_jaxpr(run)(shape, shape, shape).eqns
+        return [each.invars[0].aval.shape[0] for each in equations if each.primitive.name == "custom_vjp_call"]
+
+    assert calls() == [batch // parts] * parts
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):
+        assert calls() == [batch], "rows that a mesh has split are left alone"
+
+
+def test_fused_attention_of_a_long_text_has_a_bounded_number_of_blocks():
+    shape = jax.ShapeDtypeStruct((1, 50, 2, 4), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda *a: fused.attention(*a, Mask(), 0.5, 2))(shape, shape, shape)
+    assert str(jaxpr).count("dot_general") == 2 * 13, "chunks of 4, the least that give at most 16 blocks"
+
+
 def test_fused_attention_needs_less_than_half_the_memory_of_the_square():
     def temporary(function):
         shape = jax.ShapeDtypeStruct((1, 1024, 2, 4), jnp.float32)

@@ -1,6 +1,7 @@
 """What cannot be read or written as a Hugging Face folder is refused in words, and leaves nothing behind."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -182,3 +183,14 @@ def test_hub_save_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"hf could not be written: .*No space left"):
         saved(tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hub_save_clears_away_what_a_killed_save_left(tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)  # a process that is killed clears nothing away
+        killed.setattr(shards, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            saved(tmp_path / "hf")
+    assert len(list(tmp_path.iterdir())) == 1
+    saved(tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -176,14 +176,3 @@ def test_tokens_outside_the_vocabulary_are_named(flags, corpus, tmp_path):
     module, params, _, _ = open_model(str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"ids must lie in \[0, 257\)"):
         generate(module, params, [[257]], Sampling(1), jax.random.key(0))
-
-
-def test_cpu_scripts_keep_memory_and_leave_a_users_settings_alone():
-    code = "from xylem.launch import launch; import os; launch(lambda a: print(os.environ.get('MALLOC_ARENA_MAX')))"
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    env["JAX_PLATFORMS"] = "cpu"
-    call = lambda **more: subprocess.run(  # noqa: E731
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**env, **more}, timeout=120
-    ).stdout.strip()
-    assert call() == "1"
-    assert call(MALLOC_TOP_PAD_="1000") == "None"

@@ -24,6 +24,7 @@ from xylem.data.config import DataConfig
 from xylem.errors import ConfigError, NonFiniteError
 from xylem.models.config import Compute
 from xylem.models.llama import llama
+from xylem.training import loop
 from xylem.training.checkpoint import load_params
 from xylem.training.config import MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from xylem.training.loop import pretrain
@@ -104,12 +105,13 @@ def checksum(folder: str) -> str:
     return found.hexdigest()
 
 
-def validation_loss(config: RunConfig, entry: str) -> float:
-    """Mean loss over the whole validation split, computed apart from the loop."""
+def validation_loss(config: RunConfig, entry: str, limit: int | None = None) -> float:
+    """Mean loss over the whole validation split, or its first batches, computed apart from the loop."""
     data, module = pipeline.prepare(config.data), models.build(config.model)
     params, _ = load_params(config.run_dir, entries=(entry,))
     step = jax.jit(partial(eval_step, loss=partial(causal_lm, module, ObjectiveConfig())))
-    sums = [step(params, jax.tree.map(jnp.asarray, b)) for b in pipeline.eval_batches(data, "validation", 8)]
+    batches = itertools.islice(pipeline.eval_batches(data, "validation", 8), limit)
+    sums = [step(params, jax.tree.map(jnp.asarray, b)) for b in batches]
     return sum(float(s.nll) for s in sums) / sum(float(s.weight) for s in sums)
 
 
@@ -119,6 +121,8 @@ def test_run_leaves_everything_it_promises(base, finished):
     assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
     assert all({"loss", "nll", "tokens_per_second", "gradient_norm", "learning_rate"} <= row.keys() for row in logged)
     assert [row["step"] for row in logged if "validation_loss" in row] == [2, 4, 6, 8]
+    whole = {name: figure for name, figure in finished.items() if name.startswith("validation_")}
+    assert len(whole) == 3 and whole.items() <= logged[-1].items(), "the curve ends at the whole split's figures"
     assert logged[-1]["loss"] < logged[0]["loss"]
     np.testing.assert_allclose([row["learning_rate"] for row in logged], [0.05, *[0.1] * 7], rtol=1e-6)
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(finished))
@@ -143,6 +147,9 @@ def test_run_evaluates_the_averaged_weights_over_the_whole_split(base, finished)
 
 def test_run_keeps_its_best_checkpoint_and_the_last(base, finished):
     validations = losses(base.run_dir, "validation_loss")
+    # Like is compared with like: the last step's figure is of the whole split, the others of the first batches.
+    validations[STEPS], whole = validation_loss(base, "ema", base.evaluate_batches), validations[STEPS]
+    assert abs(whole / validations[STEPS] - 1) > 1e-3
     best = min(validations, key=lambda step: (validations[step], step))
     manifests = {
         int(path.parent.name): json.loads(path.read_text())
@@ -164,12 +171,31 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(base, finished, 
     assert losses(other.run_dir)[1] != losses(base.run_dir)[1]
 
 
+def test_run_reads_the_validation_split_once_at_its_end(base, tmp_path, monkeypatch):
+    read, batches_of = [], pipeline.eval_batches
+
+    def counted(*args, **options):
+        for batch in batches_of(*args, **options):
+            read.append(batch["weights"].sum())
+            yield batch
+
+    monkeypatch.setattr(pipeline, "eval_batches", counted)
+    config = replace(base, steps=1, evaluate_batches=3, run_dir=str(tmp_path / "run"))
+    for _ in range(2):  # called again, the finished run reads it again: nothing keeps its figures
+        read.clear()
+        pretrain(config)
+        assert sum(read) == pipeline.prepare(base.data).counts["validation"]["tokens"] - 1
+        assert len(read) > config.evaluate_batches
+
+
 def test_stopped_and_resumed_run_gives_the_bits_of_the_unbroken_one(base, finished, halfway, tmp_path):
     copy = copytree(halfway.run_dir, tmp_path / "run")
     resumed = pretrain(replace(base, run_dir=str(copy)))
     assert losses(copy) == losses(base.run_dir)
-    assert losses(copy, "validation_loss") == losses(base.run_dir, "validation_loss")
     assert checksum(copy) == checksum(base.run_dir)
+    ours, theirs = losses(copy, "validation_loss"), losses(base.run_dir, "validation_loss")
+    assert ours.pop(halfway.steps) != theirs.pop(halfway.steps), "the whole split was read where the run once ended"
+    assert ours == theirs
     assert resumed["validation_loss"] == finished["validation_loss"]
 
 
@@ -195,6 +221,20 @@ def test_run_whose_tokenizer_is_larger_than_the_vocabulary_is_refused(base, tmp_
     small = replace(base, model=replace(MODEL, vocab_size=200), run_dir=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"model.vocab_size: 200 .* the tokenizer bytes has 257 tokens"):
         pretrain(small)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"), [("x" * 31, "between 1 and 30 tokens; it has 31"), ("", "between 1 and 30 tokens; it has 0")]
+)
+def test_run_with_an_impossible_sample_prompt_is_refused_before_its_state_is_made(
+    prompt, said, base, tmp_path, monkeypatch
+):
+    def never(*_):
+        raise AssertionError("the state was made")
+
+    monkeypatch.setattr(loop, "make_state", never)
+    with pytest.raises(ConfigError, match=f"sample_prompt: '{prompt}' is not possible; {said}"):
+        pretrain(replace(base, sample_prompt=prompt, run_dir=str(tmp_path / "run")))
 
 
 def test_run_whose_batch_the_mesh_does_not_divide_is_refused_and_leaves_nothing(base, tmp_path):

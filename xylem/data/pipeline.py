@@ -1,4 +1,4 @@
-"""From a ``DataConfig`` to batches: ``prepare`` once, then ``train_iterator`` and ``eval_batches``."""
+"""From a ``DataConfig`` to batches: ``prepare`` once, then ``TrainIterator`` and ``eval_batches``."""
 
 import hashlib
 import json
@@ -29,6 +29,7 @@ class Prepared:
 
     Attributes:
         config: what was asked for.
+        corpus: the text it was made of.
         key: identifies corpus text, tokenizer, window length and format; a checkpoint of the iterator carries it.
         folder: where it lies.
         tokenizer: the tokenizer of its ids.
@@ -37,20 +38,11 @@ class Prepared:
     """
 
     config: DataConfig
+    corpus: corpora.Corpus
     key: str
     folder: Path
     tokenizer: tokenizers.Tokenizer
     counts: dict[str, dict[str, int]]
-
-    @property
-    def records(self) -> dict[str, int]:
-        """Windows in each split."""
-        return {split: counts["windows"] for split, counts in self.counts.items()}
-
-    @property
-    def bytes(self) -> dict[str, int]:
-        """Bytes of text in each split: bits per byte = sum of the labels' losses in nats / ln 2 / bytes."""
-        return {split: counts["bytes"] for split, counts in self.counts.items()}
 
     @cached_property
     def _builder(self) -> Any:
@@ -142,7 +134,7 @@ def prepare(config: DataConfig, report: files.Report = print) -> Prepared:
             counts = _finished(folder, tokenizer.hash)
     if counts is None:
         raise ConfigError("data.cache_dir", str(root), f"what was just written to {folder} is not there")
-    return Prepared(config, key, folder, tokenizer, counts)
+    return Prepared(config, corpus, key, folder, tokenizer, counts)
 
 
 def _build(folder: Path, corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer, length: int, report: Any) -> None:
@@ -152,7 +144,7 @@ def _build(folder: Path, corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer
     from xylem.data.builders import PackedText
 
     tfds.disable_progress_bar()
-    with files.whole_folder(folder) as building:
+    with files.disk_full_named(folder.parent), files.whole_folder(folder) as building:
         builder = PackedText(
             corpus=corpus, tokenizer=tokenizer, sequence_length=length, report=report, data_dir=str(building)
         )
@@ -197,7 +189,7 @@ def _tokenizer(config: DataConfig, corpus: corpora.Corpus, root: Path, report: A
             splits = ["train"] if size else list(corpus.splits)
             texts = progress.counted((text for split in splits for text in corpus.splits[split]()), advance)
             made = tokenizers.train_bpe(texts, size) if size else tokenizers.characters(texts)
-        with files.whole_folder(folder) as building:
+        with files.disk_full_named(folder.parent), files.whole_folder(folder) as building:
             made.save(building)
         return tokenizers.load(folder)
 
@@ -224,6 +216,18 @@ class TrainIterator:
         process_index: int = 0,
         process_count: int = 1,
     ):
+        """Start at a global step.
+
+        Args:
+            prepared: what to read.
+            batch_size: rows of the global batch; each host gets ``batch_size / process_count`` of them.
+            seed: the order of the rows, 0 to 2**32 - 1.
+            start_step: the global step of the first batch.
+            process_index, process_count: which host of how many.
+
+        Raises:
+            ConfigError: a batch size that the hosts do not divide, or a seed out of range.
+        """
         import grain
 
         source = prepared.source("train")
@@ -260,32 +264,6 @@ class TrainIterator:
         if not isinstance(state.get("step"), int) or state["step"] < 0:
             raise ConfigError("step", state.get("step"), "a whole number, at least 0")
         self._iterator.set_state(self._iterator.get_state() | {"next_index": state["step"]})
-
-
-def train_iterator(
-    prepared: Prepared,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> TrainIterator:
-    """The training batches of one host from global step ``start_step`` on; see ``TrainIterator``.
-
-    Args:
-        prepared: what to read.
-        batch_size: rows of the global batch; each host gets ``batch_size / process_count`` of them.
-        seed: the order of the rows, 0 to 2**32 - 1.
-        start_step: the global step of the first batch.
-        process_index, process_count: which host of how many.
-
-    Raises:
-        ConfigError: a batch size that the hosts do not divide, or a seed out of range.
-    """
-    return TrainIterator(
-        prepared, batch_size, seed, start_step, process_index=process_index, process_count=process_count
-    )
 
 
 def eval_batches(

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, takewhile
 from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -155,6 +155,19 @@ class Tokenizer:
         if wrong is not None:
             raise ConfigError("id", wrong, f"the ids of {self.name} are 0 to {self.vocab_size - 1}")
         return self._plain.decode(listed, skip_special_tokens=skip_special)
+
+    def decode_after(self, before: Iterable[SupportsIndex], ids: Iterable[SupportsIndex]) -> str:
+        """The text of ``ids`` where they stand behind ``before``; alone it may be another: LLaMA's loses a first space.
+
+        A character whose bytes lie on both sides belongs to ``ids``.
+        """
+        before, ids = list(before), list(ids)
+        first, whole = self.decode(before), self.decode([*before, *ids])
+        if not whole.startswith(first) and not first.endswith("\ufffd"):
+            # One wrong byte in ``ids`` makes byte fallback give up the run of bytes before it too: a token parts them.
+            first, whole = self.decode([self.end_of_text]), self.decode([self.end_of_text, *ids])
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, whole, strict=False)))
+        return whole[shared:]
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, to be encoded with ``parse_special=True``.

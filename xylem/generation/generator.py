@@ -37,4 +37,4 @@ class Generator:
         stop = tuple(dict.fromkeys((*sampling.stop, *self.tokenizer.stop)))
         key = jax.random.key(0) if key is None else key
         completions = generate(self.module, self.params, prompts, replace(sampling, stop=stop), key)
-        return [self.tokenizer.decode(ids) for ids in completions.tokens]
+        return [self.tokenizer.decode_after(*pair) for pair in zip(prompts, completions.tokens, strict=True)]

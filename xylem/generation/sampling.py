@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -83,19 +83,22 @@ def draw(logits: Float[Array, "B V"], sampling: Sampling, key: PRNGKeyArray) -> 
     return jax.random.categorical(key, filter_logits(logits, sampling), axis=-1).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("module", "sampling", "capacity", "budget"))
+@partial(jax.jit, static_argnames=("module", "sampling", "capacity"))
 def _loop(
     module: LanguageModel,
     params: Any,
     prompts: Int[Array, "B T"],
     lengths: Int[Array, "B"],
+    limit: Int[Array, ""] | int,
     key: PRNGKeyArray,
     *,
     sampling: Sampling,
     capacity: int,
-    budget: int,
 ) -> tuple[Int[Array, "B U"], Int[Array, "B"]]:
-    """Read the prompts, then write until every row has stopped; returns tokens and how many of each row count."""
+    """Read the prompts, then write until every row has stopped; returns tokens and how many of each row count.
+
+    ``limit`` tokens are written at most; there is room for ``sampling.max_new_tokens``, which is rounded up.
+    """
     batch = prompts.shape[0]
     real = (jnp.arange(prompts.shape[1])[None, :] < lengths[:, None]).astype(jnp.int32)
     out: Any = module.apply({"params": params}, prompts, segments=real, cache=module.init_cache(batch, capacity))
@@ -104,7 +107,7 @@ def _loop(
 
     def unfinished(carry):
         step, stopped = carry[0], carry[4]
-        return (step < sampling.max_new_tokens) & ~stopped.all()
+        return (step < limit) & ~stopped.all()
 
     def write(carry):
         step, hidden, cache, tokens, stopped, counts = carry
@@ -114,8 +117,8 @@ def _loop(
         out: Any = module.apply({"params": params}, token[:, None], cache=cache)
         return step + 1, out.hidden[:, 0], out.cache, tokens, stopped, counts + ~stopped
 
-    nothing = jnp.zeros((batch, budget), jnp.int32), jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
-    start = (jnp.int32(0), last, out.cache, *nothing)
+    room = jnp.zeros((batch, sampling.max_new_tokens), jnp.int32)
+    start = (jnp.int32(0), last, out.cache, room, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
     carry = jax.lax.while_loop(unfinished, write, start)
     return carry[3], carry[5]
 
@@ -145,10 +148,10 @@ def generate(
     padded = np.zeros((len(prompts), up(int(lengths.max()))), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    sizes = {"capacity": up(longest), "budget": up(sampling.max_new_tokens)}
-    tokens, counts = _loop(module, params, padded, lengths, key, sampling=sampling, **sizes)
-    tokens, counts = np.asarray(tokens), np.asarray(counts)
+    limit, rounded = sampling.max_new_tokens, replace(sampling, max_new_tokens=up(sampling.max_new_tokens))
+    written = _loop(module, params, padded, lengths, limit, key, sampling=rounded, capacity=up(longest))
+    tokens, counts = map(np.asarray, written)
     return Completions(
         tokens=[row[:count] for row, count in zip(tokens, counts, strict=True)],
-        stopped=[bool(count < sampling.max_new_tokens) for count in counts],
+        stopped=[bool(count < limit) for count in counts],
     )

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xylem.errors import ConfigError
 from xylem.models.leaves import materialize
@@ -71,25 +72,12 @@ class Row:
 
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaves by path, ``layers/mlp/up/kernel``; what stands for a weight (``leaves.Leaf``) is one leaf."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{key}/{path}": leaf for path, leaf in flatten(value).items()})
-        else:
-            flat[key] = value
-    return flat
+    return flatten_dict(tree, sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:
-    """Nested dicts again."""
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+    """Nested dicts from leaves by path."""
+    return unflatten_dict(dict(flat), sep="/")
 
 
 def listed(names: Any) -> str:

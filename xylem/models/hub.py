@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from xylem.errors import CheckpointError, ConfigError
-from xylem.files import sync
+from xylem.files import whole_folder
 from xylem.models import build, shards
 from xylem.models.config import Compute, ModelConfig
 from xylem.models.conversion import Place, Row, flatten, listed, read, rows_for, write
@@ -97,11 +96,8 @@ def save(
     _check_tree(flat, template)
     described["torch_dtype"] = np.dtype(flat["embed/embedding"].dtype).name
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            draft.chmod(0o755)
-            family = FAMILIES[model_type]
+        family = FAMILIES[model_type]
+        with whole_folder(folder) as draft:
             _write_weights(draft, family, rows_for(family.table(config), template), flat, template, shard_bytes)
             shards.write_json(draft / "config.json", described)
             if tokenizer_file is not None:
@@ -109,13 +105,7 @@ def save(
                 # Without this transformers rebuilds the tokenizer of the model's family instead of reading the file.
                 shards.write_json(draft / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
             for file in draft.iterdir():
-                file.chmod(0o644)
-                sync(file)
-            sync(draft)
-            os.replace(draft, folder)
-            sync(folder.parent)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+                file.chmod(0o644)  # safetensors writes for its owner alone
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} could not be written: {error}") from error
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from xylem.models.conversion import flatten, unflatten
 from xylem.models.leaves import is_leaf
 from xylem.models.stack import run_length, runs
+from xylem.sharding import path_name
 
 Tree = dict[str, Any]
 _RUN = re.compile(r"(?:.*/)?layers(?:_\d+)?(?=/)")
@@ -60,18 +61,18 @@ def parts(params: Tree) -> dict[str, Tree]:
     Every part keeps full paths, so rules that go by path read the same in a part as in the whole.
     """
     cut: dict[str, dict] = {"": {}}
-    for name, value in flatten_dict(params, sep="/").items():
+    for name, value in flatten(params).items():
         match = _RUN.match(name)
         cut.setdefault(match.group(0) if match else "", {})[name] = value
-    return {name: unflatten_dict(flat, sep="/") for name, flat in cut.items()}
+    return {name: unflatten(flat) for name, flat in cut.items()}
 
 
 def join(cut: dict[str, Tree]) -> Tree:
     """Undo ``parts``."""
     flat = {}
     for part in cut.values():
-        flat.update(flatten_dict(part, sep="/"))
-    return unflatten_dict(flat, sep="/")
+        flat.update(flatten(part))
+    return unflatten(flat)
 
 
 def per_layer(function: Callable) -> Callable:
@@ -93,9 +94,8 @@ def partition(params: Tree, predicate: Callable[[str, Any], bool]) -> tuple[Tree
     ``predicate(path, weight)`` chooses, a path reading ``layers/attention/query/kernel``. A leaf that is no array is
     cut inside: its arrays are chosen one by one, named by their field.
     """
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    chosen = jax.tree_util.tree_map_with_path(lambda path, x: x if predicate(name(path), x) else None, params)
-    rest = jax.tree_util.tree_map_with_path(lambda path, x: None if predicate(name(path), x) else x, params)
+    chosen = jax.tree_util.tree_map_with_path(lambda path, x: x if predicate(path_name(path), x) else None, params)
+    rest = jax.tree_util.tree_map_with_path(lambda path, x: None if predicate(path_name(path), x) else x, params)
     return chosen, rest
 
 

@@ -34,7 +34,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from xylem.errors import CheckpointError, ConfigError
-from xylem.sharding import anywhere
+from xylem.models.conversion import unflatten
+from xylem.sharding import anywhere, path_name
 from xylem.training.manifest import (
     ARRAYS,
     COMPLETE,
@@ -119,7 +120,7 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:
                 shutil.rmtree(building, ignore_errors=True)
-            self._orbax.save(building / ARRAYS, args=ocp.args.StandardSave(_nest(arrays)))
+            self._orbax.save(building / ARRAYS, args=ocp.args.StandardSave(unflatten(arrays)))
             future = self._background.submit(self._finish, building, manifest)
         except Exception as error:  # whatever the file system or Orbax has to say: training goes on, the failure counts
             shutil.rmtree(building, ignore_errors=True)
@@ -251,8 +252,9 @@ def load_params(
     wanted = specs if abstract is None else _by_path(abstract)
     arrays = _read(found.path, {names[short]: leaf for short, leaf in wanted.items()})
     leaves = {short: arrays[names[short]] for short in wanted}
-    params = _nest(leaves) if abstract is None else jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
-    return params, found.manifest["metadata"]
+    if abstract is None:
+        return unflatten(leaves), found.manifest["metadata"]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves.values()), found.manifest["metadata"]
 
 
 # ---- choosing and reading ----------------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ def _choose(
 def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Read the arrays named by `wanted`, each onto its sharding; the caller has compared shapes and dtypes."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    item = _nest({
+    item = unflatten({
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
         for name, leaf in wanted.items()
     })  # fmt: skip
@@ -306,22 +308,10 @@ def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
 def _by_path(tree: Any) -> dict[str, Any]:
     """Leaves by path, as `params/layers/mlp/up/kernel`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    named = {path_name(path): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
         raise ValueError("two leaves of the tree have the same path")
     return named
-
-
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts from leaves by path."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def _is_key(leaf: jax.Array) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
 from xylem.models.config import TransformerConfig, check_choices
+
+if TYPE_CHECKING:
+    from xylem.data.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class RunConfig:
         accumulate: micro-batches a step; the gradient is that of the whole batch.
         ema: decay of the averaged weights that validation and the last checkpoint then also carry; None keeps none.
         log_every, evaluate_every, save_every, sample_every: in steps; 0 turns the last three off until the end.
-        evaluate_batches: validation batches while training; the whole split is read at the end.
+        evaluate_batches: validation batches while training; at the last step the whole split is read.
         keep: checkpoints kept besides the best one.
     """
 
@@ -130,3 +133,19 @@ class RunConfig:
         if self.data.sequence_length > self.model.max_length:
             allowed = f"the model's max_length is {self.model.max_length}"
             raise ConfigError("data.sequence_length", self.data.sequence_length, allowed)
+
+
+def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """What can be checked only once the tokenizer is there.
+
+    Raises:
+        ConfigError: it has more tokens than the model, or the sample prompt leaves no room to write.
+    """
+    if tokenizer.vocab_size > config.model.vocab_size:
+        allowed = f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, so at least that"
+        raise ConfigError("model.vocab_size", config.model.vocab_size, allowed)
+    # The text starts with begin-of-text, and at least one token is written.
+    length, most = len(tokenizer.encode(config.sample_prompt)), config.model.max_length - 2
+    if not 0 < length <= most:
+        allowed = f"between 1 and {most} tokens; it has {length}"
+        raise ConfigError("sample_prompt", config.sample_prompt, allowed)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,17 +19,18 @@ import numpy as np
 
 from xylem.data import pipeline
 from xylem.data.config import cache_root
-from xylem.errors import ConfigError, NonFiniteError
+from xylem.errors import NonFiniteError
 from xylem.launch import settle_jax
 from xylem.sharding import anywhere, batch_sharding, join_hosts, make_mesh
 from xylem.training import metrics as measure
 from xylem.training import report
 from xylem.training.checkpoint import Checkpoints
-from xylem.training.config import RunConfig
+from xylem.training.config import RunConfig, check_tokenizer
 from xylem.training.console import console
 from xylem.training.evaluate import figures
+from xylem.training.objectives import Sums
 from xylem.training.program import assemble
-from xylem.training.run_folder import open_run
+from xylem.training.run_folder import CHECKPOINTS, METRICS, open_run
 from xylem.training.schedules import make_schedule
 from xylem.training.signals import stop_requests
 from xylem.training.state import make_state
@@ -58,24 +59,22 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         space = {"changeable": CHANGEABLE, "needed_bytes": 2 * program.state_bytes}
-        run = enter(open_run(config.run_dir, settings, argv, writer=writer, **space))
+        folder = enter(open_run(config.run_dir, settings, argv, writer=writer, **space))
         data = pipeline.prepare(config.data)
-        if data.tokenizer.vocab_size > config.model.vocab_size:
-            allowed = f"the tokenizer {config.data.tokenizer} has {data.tokenizer.vocab_size} tokens, so at least that"
-            raise ConfigError("model.vocab_size", config.model.vocab_size, allowed)
+        check_tokenizer(config, data.tokenizer)
         if writer:
-            data.tokenizer.save(run.path / "tokenizer")
-        checkpoints = enter(Checkpoints(run.checkpoints, config.keep))
+            data.tokenizer.save(folder / "tokenizer")
+        checkpoints = enter(Checkpoints(folder / CHECKPOINTS, config.keep))
         enter(jax.set_mesh(mesh))
         restored = checkpoints.restore(program.abstract)
         state = make_state(program.create, program.abstract) if restored is None else restored.state
         start = 0 if restored is None else restored.step
         best = restored.metadata["best_validation"] if restored else sys.float_info.max
-        batches = pipeline.train_iterator(data, config.batch_size, config.seed, start, **hosts)
+        batches = pipeline.TrainIterator(data, config.batch_size, config.seed, start, **hosts)
         if restored is not None:
             batches.set_state(restored.data_state)
 
-        logs = (run.metrics, run.path / "tensorboard") if writer else (None,)
+        logs = (folder / METRICS, folder / "tensorboard") if writer else (None,)
         log = enter(measure.metrics_log(*logs, resumed_at=start))
         screen = enter(console(config.steps, config.log_every))
         for line in report.opening(config, data, mesh, state, restored):
@@ -85,20 +84,22 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         peak = measure.peak_flops(list(mesh.devices.flat))
         meter = measure.Meter(config.batch_size * config.data.sequence_length, flops, peak, config.steps)
 
-        def validate(limit: int | None) -> dict[str, float]:
-            """Figures of the first ``limit`` validation batches, or of all; of the averaged weights where kept."""
-            held_out = pipeline.eval_batches(data, "validation", config.batch_size // config.accumulate, **hosts)
+        def validation() -> Iterator[Sums]:
+            """Sums of each validation batch in turn; of the averaged weights where kept."""
             params = state.averaged
-            sums = [program.validate(params, jax.tree.map(place, b)) for b in itertools.islice(held_out, limit)]
-            named = figures(sums, data.counts["validation"])
-            return {f"validation_{name}": value for name, value in named.items()}
+            for batch in pipeline.eval_batches(data, "validation", config.batch_size // config.accumulate, **hosts):
+                yield program.validate(params, jax.tree.map(place, batch))
+
+        def named(sums: Sequence[Sums]) -> dict[str, float]:
+            return {f"validation_{name}": x for name, x in figures(sums, data.counts["validation"]).items()}
 
         def row_of(step: int, computed: dict[str, Any]) -> dict[str, Any]:
             row = meter.row(step, computed)
             if row.pop("nonfinite") >= NONFINITE_LIMIT:
                 raise NonFiniteError(
                     f"step {step}: the gradients of {NONFINITE_LIMIT} steps in a row were not finite, and nothing was "
-                    f"learned from them; lower optimizer.learning_rate. The checkpoints in {run.checkpoints} are sound"
+                    f"learned from them; lower optimizer.learning_rate. The checkpoints in {checkpoints.folder} are "
+                    "sound"
                 )
             rate = np.asarray(schedule(step - 1)).item()
             return row | {"learning_rate": rate, "checkpoint_age": checkpoints.age()}
@@ -108,7 +109,8 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
                 log(row)
             screen.update(row)
 
-        stop, last, step = enter(stop_requests()), None, start
+        stop, last, step, row = enter(stop_requests()), None, start, {}
+        sums, unread = [], validation()
         events = (config.evaluate_every, config.save_every, config.sample_every)
         for step in range(start + 1, config.steps + 1):
             state, computed = program.step(state, jax.tree.map(place, next(batches)))
@@ -123,10 +125,13 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
                 continue
             (row, last), improved = (row_of(*last), None), False
             if due(config.evaluate_every, step) or step == config.steps:
-                row |= validate(config.evaluate_batches)
+                unread = validation()
+                sums = list(itertools.islice(unread, config.evaluate_batches))
+                row |= named(sums)
                 improved = row["validation_loss"] < best  # never so for NaN
                 best = row["validation_loss"] if improved else best
-            show(row)
+            if step < config.steps:
+                show(row)
             if (finishing or improved or due(config.save_every, step)) and int(state.nonfinite) == 0:
                 metadata = {"config": settings, "tokenizer_hash": data.tokenizer.hash, "best_validation": best}
                 if notice := checkpoints.save(step, state, batches.get_state(), metadata, best=improved):
@@ -141,8 +146,11 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         if step < config.steps:
             screen.note(f"stopped at step {step} of {config.steps}; the same command goes on from the last checkpoint")
             return {"step": step}
-        final = {"step": step, **validate(None)}
-        return report.closing(config, run.path, data, program.module, state.averaged, final, screen.note)
+        final = named([*sums, *unread])
+        if row:  # else all was done before
+            show(row | final)  # the last step's row waits for the whole split, its checkpoint does not
+        final = {"step": step, **final}
+        return report.closing(config, folder, data, program.module, state.averaged, final, screen.note)
 
 
 def due(every: int, step: int) -> bool:

@@ -1,12 +1,14 @@
 """The loss curve of a run as a picture."""
 
+import io
 import itertools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from xylem.files import write_whole
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 TRAIN, VALID = "#2a7f62", "#d1495b"
@@ -47,13 +49,9 @@ def loss_curve(
     if title:
         figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12, fontweight="bold")
 
-    path = Path(png_path)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        FigureCanvasAgg(figure).print_figure(sibling, format="png")
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(picture, format="png")
+    write_whole(png_path, picture.getvalue())
 
 
 def smooth(values: Sequence[float | int], reach: int) -> list[float]:

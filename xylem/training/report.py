@@ -10,10 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from xylem.data.corpora import open_corpus
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
-from xylem.errors import ConfigError
 from xylem.files import write_whole
 from xylem.generation.generator import Generator
 from xylem.generation.sampling import Sampling
@@ -23,21 +21,15 @@ from xylem.training import metrics as measure
 from xylem.training.checkpoint import Restored
 from xylem.training.config import RunConfig
 from xylem.training.plots import loss_curve
+from xylem.training.run_folder import CHECKPOINTS, METRICS
 from xylem.training.state import TrainState
 
 SAMPLE_TOKENS = 80
+REFERENCE_BYTES = 8_000_000  # what xz compresses in seconds
 
 
 def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, restored: Restored | None) -> list[str]:
-    """Lines that say what is about to be trained, on what, and from where.
-
-    Raises:
-        ConfigError: the sample prompt leaves no room to write, or cannot be encoded.
-    """
-    prompt = data.tokenizer.encode(config.sample_prompt)
-    if not 0 < len(prompt) < config.model.max_length - 1:
-        allowed = f"between 1 and {config.model.max_length - 2} tokens; it has {len(prompt)}"
-        raise ConfigError("sample_prompt", config.sample_prompt, allowed)
+    """Lines that say what is about to be trained, on what, and from where."""
     model, train = config.model, data.counts["train"]
     batch_tokens = config.batch_size * config.data.sequence_length
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -63,10 +55,14 @@ def sample(module: LanguageModel, params: Any, tokenizer: Tokenizer, prompt: str
     return f"{prompt}{text}"
 
 
-def compressors(config: RunConfig) -> dict[str, float]:
-    """Bits per byte that bzip2 and xz need for the same validation text."""
-    documents = open_corpus(config.data, report=lambda line: None).splits["validation"]()
-    return measure.reference_bits_per_byte("".join(documents).encode())
+def references(data: Prepared) -> dict[str, float]:
+    """Bits per byte that bzip2 and xz need for the validation text, or for its first ``REFERENCE_BYTES``."""
+    text = bytearray()
+    for document in data.corpus.splits["validation"]():
+        text += document[:REFERENCE_BYTES].encode()
+        if len(text) >= REFERENCE_BYTES:
+            break
+    return measure.reference_bits_per_byte(bytes(text[:REFERENCE_BYTES]))
 
 
 def closing(
@@ -78,20 +74,25 @@ def closing(
     final: dict[str, Any],
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Print and keep the final figures, a sample and the loss curve; returns what ``summary.json`` holds."""
-    references = compressors(config)
+    """Show and keep the final figures, a sample and the loss curve; returns what ``summary.json`` holds.
+
+    All hosts write the sample together; the rest is for process 0, whose summary also has the compressors' figures.
+    """
+    note(
+        f"validation loss {final['validation_loss']:.4f} nats/token, perplexity {final['validation_perplexity']:.2f}, "
+        f"{final['validation_bits_per_byte']:.3f} bits per byte"
+    )
     text = sample(module, params, data.tokenizer, config.sample_prompt)
-    summary = {**final, "compressors_bits_per_byte": references, "sample": text}
+    summary = {**final, "sample": text}
+    note(f"sample:\n{text}\n")
     if jax.process_index() == 0:
+        summary["compressors_bits_per_byte"] = bars = references(data)
+        whole = data.counts["validation"]["bytes"] <= REFERENCE_BYTES
+        of = "the same text" if whole else f"the first {REFERENCE_BYTES / 1e6:g} MB of the same text"
+        note(f"bits per byte of {of}: {', '.join(f'{name} {bits:.3f}' for name, bits in bars.items())}")
         write_whole(folder / "sample.txt", text + "\n")
         write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         title = f"{config.model.family}, {tree.count(params):,} parameters, on {config.data.corpus}"
-        loss_curve(folder / "metrics.jsonl", folder / "loss.png", references, title)
-    bars = ", ".join(f"{name} {bits:.3f}" for name, bits in references.items())
-    note(f"sample:\n{text}\n")
-    note(
-        f"validation loss {final['validation_loss']:.4f} nats/token, perplexity {final['validation_perplexity']:.2f}, "
-        f"{final['validation_bits_per_byte']:.3f} bits per byte (the same text: {bars})"
-    )
-    note(f"loss curve {folder / 'loss.png'}, checkpoints {folder / 'checkpoints'}")
+        loss_curve(folder / METRICS, folder / "loss.png", bars, title)
+        note(f"loss curve {folder / 'loss.png'}, checkpoints {folder / CHECKPOINTS}")
     return summary

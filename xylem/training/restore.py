@@ -17,7 +17,7 @@ from xylem.models.config import from_dict
 from xylem.models.language_model import LanguageModel
 from xylem.training.checkpoint import load_params
 from xylem.training.config import RunConfig
-from xylem.training.run_folder import CONFIG
+from xylem.training.run_folder import CHECKPOINTS, CONFIG
 
 
 class Model(NamedTuple):
@@ -44,7 +44,7 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     if not path.exists():
         allowed = f"give a run folder, a Hugging Face folder, a .gguf file, or one of {', '.join(PRETRAINED)}"
         raise ConfigError("checkpoint", name, allowed, PRETRAINED)
-    if (path / "checkpoints").is_dir():
+    if (path / CHECKPOINTS).is_dir():
         params, metadata = _open_run(path)
         run = from_dict(RunConfig, metadata["config"])
         config = run.model

@@ -25,39 +25,14 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from xylem.errors import BusyError, CheckpointError, ConfigError, Failure
-from xylem.files import write_whole
+from xylem.files import DISK_FULL, write_whole
 
 CONFIG, VERSIONS, STARTS, METRICS, CHECKPOINTS, LOCK = (
     "config.json", "versions.json", "starts.jsonl", "metrics.jsonl", "checkpoints", "lock",
 )  # fmt: skip
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class RunFolder(NamedTuple):
-    """An open run folder. `resumed` says whether an earlier start had already written its configuration."""
-
-    path: Path
-    resumed: bool
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / METRICS
-
-    def require_space(self, needed_bytes: int, what: str = "the run") -> None:
-        """Raise CheckpointError where the disk has less than `needed_bytes` free."""
-        free = shutil.disk_usage(self.path).free
-        if free < needed_bytes:
-            raise CheckpointError(
-                f"{self.path}: {what} needs about {needed_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
-                "free some, or name another --run-dir"
-            )
 
 
 @contextlib.contextmanager
@@ -69,7 +44,7 @@ def open_run(
     changeable: Sequence[str] = ("steps",),
     needed_bytes: int = 0,
     writer: bool = True,
-) -> Iterator[RunFolder]:
+) -> Iterator[Path]:
     """Create or reopen the run folder `folder` for the one process that may write it; a context manager.
 
     `config` is the resolved configuration, seed included: nested mappings of what JSON can hold. A folder that already
@@ -82,21 +57,21 @@ def open_run(
     """
     path = Path(folder)
     if not writer:
-        yield RunFolder(path, resumed=(path / CONFIG).exists())
+        yield path
         return
     with _told_as_failure(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _take(lock, path)
-        run = RunFolder(path, resumed=(path / CONFIG).exists())
-        run.require_space(needed_bytes)
+        begun = (path / CONFIG).exists()
+        _require_space(path, needed_bytes)
         with _told_as_failure(path):
             _record_start(path, json.loads(json.dumps(config)), list(argv), changeable)
         try:
-            yield run
+            yield path
         except ConfigError:
-            if not run.resumed and not run.checkpoints.exists():
+            if not begun and not (path / CHECKPOINTS).exists():
                 (path / CONFIG).unlink()  # nothing was trained: the mended command is not held to the mistake
             raise
     finally:
@@ -153,6 +128,15 @@ def _take(lock: int, folder: Path) -> None:
     with _told_as_failure(folder):
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
+
+
+def _require_space(folder: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"{folder}: the run needs about {needed_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+            "free some, or name another --run-dir"
+        )
 
 
 def _record_start(folder: Path, config: dict, argv: list[str], changeable: Sequence[str]) -> None:
