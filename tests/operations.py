@@ -11,12 +11,19 @@ def normal(rng: np.random.Generator, *shape: int, std: float = 1.0) -> jax.Array
     return jnp.asarray(std * rng.standard_normal(shape), jnp.float32)
 
 
-def apart(ours, reference) -> float:
-    """The worst of two trees' leaves: largest difference over the reference's largest magnitude."""
-    ours, reference = jax.tree.leaves(ours), jax.tree.leaves(reference)
+def apart(ours, reference, floor: float = 0.0) -> float:
+    """The worst of two trees' leaves: largest difference over the reference's largest magnitude.
+
+    A leaf whose magnitude is below ``floor`` times that of the largest leaf is held to ``floor`` of it: it may be
+    nothing but rounding (the gradient of a key's bias).
+    """
+    ours, reference = ([np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (ours, reference))
     assert [x.shape for x in ours] == [x.shape for x in reference]
-    pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(ours, reference, strict=True)]
-    return max(float(np.max(np.abs(x - y)) / max(float(np.max(np.abs(y))), 1e-30)) for x, y in pairs)
+    sizes = [float(np.max(np.abs(y))) for y in reference]
+    least = max(floor * max(sizes), 1e-30)
+    differences = [float(np.max(np.abs(x - y))) for x, y in zip(ours, reference, strict=True)]
+    # np.max: unlike Python's, it never passes over a NaN.
+    return float(np.max(np.asarray(differences) / np.maximum(sizes, least)))
 
 
 def with_gradients(function, args, rng_seed: int):

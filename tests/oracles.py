@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from operations import apart
 from safetensors.numpy import save_file
 
 from xylem.models import build, hub
@@ -180,21 +181,13 @@ def _gradient(config: TransformerConfig) -> Callable:
     return jax.jit(jax.grad(loss))
 
 
-def error(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Largest absolute difference over the largest magnitude of the reference."""
-    return float(np.max(np.abs(ours - reference)) / np.max(np.abs(reference)))
+error = apart  # of arrays, as of trees
 
 
 def tree_error(ours: dict, reference: dict) -> float:
     """The worst leaf's error; a leaf far below the largest (a key bias has no gradient) is held to 1e-3 of that one."""
-    ours, reference = flatten(ours), flatten(reference)
-    assert ours.keys() == reference.keys()
-    largest = max(float(np.max(np.abs(leaf))) for leaf in reference.values())
-    errors = {}
-    for path, leaf in reference.items():
-        scale = max(float(np.max(np.abs(leaf))), 1e-3 * largest)
-        errors[path] = float(np.max(np.abs(np.asarray(ours[path]) - np.asarray(leaf)))) / scale
-    return max(errors.values())
+    assert flatten(ours).keys() == flatten(reference).keys()
+    return apart(ours, reference, floor=1e-3)
 
 
 def edited(params: dict, **leaves: Any) -> dict:

@@ -3,14 +3,16 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from xylem.errors import CheckpointError, Failure
+from xylem.errors import CheckpointError, ConfigError, Failure
 
 Report = Callable[[str], None]
 
@@ -76,6 +78,23 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     finally:
         sibling.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def read_object(file: Path, field: str) -> dict[str, Any]:
+    """The JSON object in a file that may be missing, damaged or something else.
+
+    Raises:
+        ConfigError: it is; ``field`` is what the message says cannot be it.
+    """
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(field, str(file.parent), f"it holds no {file.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(field, str(file), f"it is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(field, str(file), "it must be a JSON object")
+    return value
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def test_metrics_perplexity_and_bits_per_byte():
     assert metrics.perplexity(1e4) == math.inf and math.isnan(metrics.perplexity(math.nan))
     # A uniform guess over 256 bytes costs eight bits each, whatever the tokens.
     assert metrics.bits_per_byte(100 * math.log(256.0), 100) == pytest.approx(8.0)
-    with pytest.raises(ValueError, match="at least one byte"):
+    with pytest.raises(ValueError, match="not empty"):
         metrics.bits_per_byte(1.0, 0)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from operations import apart
 
 from xylem.peft import tree
 from xylem.sharding import path_name
@@ -67,12 +68,6 @@ def run(optimizer, params, gradients):
         params, state = stepper(optimizer)(params, state, grads)
         history.append(params)
     return history, state
-
-
-def apart(ours, reference) -> float:
-    """The worst leaf's largest difference over its largest magnitude."""
-    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True)
-    return max(float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / np.max(np.abs(np.asarray(b)))) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", NAMES)

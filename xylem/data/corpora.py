@@ -199,42 +199,10 @@ def _wikitext2(config: DataConfig, report: files.Report) -> Corpus:
 
 def _from_tfds(config: DataConfig, report: files.Report) -> Corpus:
     """A registered TFDS builder, prepared as ArrayRecord in the cache, and the text feature of its examples."""
-    import contextlib
-    import io
-
-    import tensorflow_datasets as tfds
-
     name, _, feature = config.corpus.removeprefix("tfds:").partition(":")
-    if config.builder_module:
-        try:
-            importlib.import_module(config.builder_module)
-        except ImportError as error:
-            allowed = f"an importable module ({error})"
-            raise ConfigError("data.builder_module", config.builder_module, allowed) from error
-    data_dir = cache_root(config.cache_dir) / "tfds"
-    try:
-        builder: Any = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
-        choices = [f"tfds:{one}" for one in tfds.list_builders(with_community_datasets=False)]
-        allowed = "a registered TFDS builder that works without TensorFlow (data.builder_module registers your own)"
-        raise ConfigError("data.corpus", config.corpus, allowed, choices) from error
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            "data.corpus", config.corpus, f"a builder that can be made; this one says: {error}"
-        ) from error
+    builder = _tfds_builder(name, config)
     feature = _text_feature(builder, feature, config.corpus)
-    with files.locked(data_dir / f"{name.replace('/', '-')}.lock", report):
-        download = tfds.download.DownloadConfig(manual_dir=config.manual_dir)
-        tfds.disable_progress_bar()
-        try:
-            with files.disk_full_named(data_dir), contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare(download_config=download)
-        except ImportError as error:
-            allowed = f"a builder that needs only what is installed ({error})"
-            raise ConfigError("data.corpus", config.corpus, allowed) from error
-        except (AssertionError, OSError) as error:
-            allowed = f"a builder that finds its files in data.manual_dir={config.manual_dir!r} ({error})"
-            raise ConfigError("data.corpus", config.corpus, allowed) from error
+    _prepare_tfds(builder, name, config, report)
 
     def documents(split: str) -> Documents:
         def read() -> Iterator[str]:
@@ -245,13 +213,12 @@ def _from_tfds(config: DataConfig, report: files.Report) -> Corpus:
 
         return read
 
-    splits = builder.info.splits
+    info, splits = builder.info, builder.info.splits
     names = {"train": ("train",), "validation": _VALIDATION_NAMES, "test": ("test",)}
     used = {ours: next((one for one in theirs if one in splits), None) for ours, theirs in names.items()}
     if not used["train"]:
         raise ConfigError("data.corpus", config.corpus, f"a dataset with a train split; it has {sorted(splits)}")
     counts = [f"{split}:{splits[split].num_examples}:{splits[split].num_bytes}" for split in used.values() if split]
-    info = builder.info
     return Corpus(
         re.sub(r"\W+", "_", name),
         _identity("tfds", info.full_name, feature, *counts),
@@ -260,6 +227,53 @@ def _from_tfds(config: DataConfig, report: files.Report) -> Corpus:
         info.redistribution_info.license or "",
         info.citation,
     )
+
+
+def _tfds_builder(name: str, config: DataConfig) -> Any:
+    """The builder that TFDS, or the user's own module, registers under ``name``."""
+    import tensorflow_datasets as tfds
+
+    if config.builder_module:
+        try:
+            importlib.import_module(config.builder_module)
+        except ImportError as error:
+            allowed = f"an importable module ({error})"
+            raise ConfigError("data.builder_module", config.builder_module, allowed) from error
+    try:
+        return tfds.builder(name, data_dir=str(_tfds_folder(config)), file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        choices = [f"tfds:{one}" for one in tfds.list_builders(with_community_datasets=False)]
+        allowed = "a registered TFDS builder that works without TensorFlow (data.builder_module registers your own)"
+        raise ConfigError("data.corpus", config.corpus, allowed, choices) from error
+    except (ImportError, ValueError) as error:
+        allowed = f"a builder that can be made; this one says: {error}"
+        raise ConfigError("data.corpus", config.corpus, allowed) from error
+
+
+def _prepare_tfds(builder: Any, name: str, config: DataConfig, report: files.Report) -> None:
+    """Download what the builder reads, or take it from ``manual_dir``, and write it as ArrayRecord, once."""
+    import contextlib
+    import io
+
+    import tensorflow_datasets as tfds
+
+    folder = _tfds_folder(config)
+    with files.locked(folder / f"{name.replace('/', '-')}.lock", report):
+        download = tfds.download.DownloadConfig(manual_dir=config.manual_dir)
+        tfds.disable_progress_bar()
+        try:
+            with files.disk_full_named(folder), contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare(download_config=download)
+        except ImportError as error:
+            allowed = f"a builder that needs only what is installed ({error})"
+            raise ConfigError("data.corpus", config.corpus, allowed) from error
+        except (AssertionError, OSError) as error:
+            allowed = f"a builder that finds its files in data.manual_dir={config.manual_dir!r} ({error})"
+            raise ConfigError("data.corpus", config.corpus, allowed) from error
+
+
+def _tfds_folder(config: DataConfig) -> Path:
+    return cache_root(config.cache_dir) / "tfds"
 
 
 def _text_feature(builder: Any, feature: str, corpus: str) -> str:

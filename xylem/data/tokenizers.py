@@ -20,7 +20,7 @@ from jaxtyping import Int32
 
 from xylem.data import chat
 from xylem.errors import ConfigError
-from xylem.files import disk_full_named, write_whole
+from xylem.files import disk_full_named, read_object, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 # The token between documents goes by these names; a vocabulary with none of them names it in its config (eos_token).
@@ -140,12 +140,11 @@ class Tokenizer:
                 batch, characters = [], 0
         yield from self.encode_batch(batch)
 
-    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of ids; exact for whatever ``encode`` gave where the vocabulary is byte-level or characters.
 
         Args:
             ids: ids below ``vocab_size``.
-            skip_special: leave special tokens out of the text.
 
         Raises:
             ConfigError: an id outside the vocabulary.
@@ -154,7 +153,7 @@ class Tokenizer:
         wrong = next((i for i in listed if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise ConfigError("id", wrong, f"the ids of {self.name} are 0 to {self.vocab_size - 1}")
-        return self._plain.decode(listed, skip_special_tokens=skip_special)
+        return self._plain.decode(listed, skip_special_tokens=False)
 
     def decode_after(self, before: Iterable[SupportsIndex], ids: Iterable[SupportsIndex]) -> str:
         """The text of ``ids`` where they stand behind ``before``; alone it may be another: LLaMA's loses a first space.
@@ -254,7 +253,7 @@ def load(path: str | Path) -> Tokenizer:
         from xylem.data import gguf_vocabulary
 
         return Tokenizer(**gguf_vocabulary.read(file), name=str(file))
-    description = _read_object(file)
+    description = read_object(file, "tokenizer")
     try:
         surroundings = _surroundings(file, description)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -265,7 +264,7 @@ def load(path: str | Path) -> Tokenizer:
 def _surroundings(file: Path, description: Mapping[str, Any]) -> dict[str, Any]:
     """The special tokens and the chat template that a ``tokenizer.json`` and the files beside it tell of."""
     config_file, template_file = file.with_name("tokenizer_config.json"), file.with_name("chat_template.jinja")
-    config = _read_object(config_file) if config_file.is_file() else {}
+    config = read_object(config_file, "tokenizer") if config_file.is_file() else {}
     named = {key: text for key in ("bos_token", "eos_token") if (text := _token_text(config.get(key)))}
     template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several named templates: the one for chat is called "default"
@@ -331,16 +330,6 @@ def _parse(description: Mapping[str, Any], name: str) -> backend.Tokenizer:
         raise
     except BaseException as error:  # a panic on the Rust side is a BaseException
         raise ConfigError("tokenizer", name, f"not a tokenizer.json that can be used ({error})") from error
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise ConfigError("tokenizer", str(file), f"a JSON file; it cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise ConfigError("tokenizer", str(file), "a JSON object")
-    return value
 
 
 def _token_text(token: object) -> str | None:

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from xylem.errors import CheckpointError, ConfigError
-from xylem.files import whole_folder
+from xylem.files import read_object, whole_folder
 from xylem.models import build, shards
 from xylem.models.config import Compute, ModelConfig
 from xylem.models.conversion import Place, Row, flatten, listed, read, rows_for, write
@@ -96,8 +96,8 @@ def save(
     _check_tree(flat, template)
     described["torch_dtype"] = np.dtype(flat["embed/embedding"].dtype).name
     try:
-        family = FAMILIES[model_type]
         with whole_folder(folder) as draft:
+            family = FAMILIES[model_type]
             _write_weights(draft, family, rows_for(family.table(config), template), flat, template, shard_bytes)
             shards.write_json(draft / "config.json", described)
             if tokenizer_file is not None:
@@ -170,7 +170,7 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Family, dict[str, shards.St
             hint = "a pickle can run code: save it as safetensors first" if folder.suffix in shards.PICKLES else ""
             hint = hint or "give the folder that holds this file and its config.json"
         raise ConfigError("checkpoint", str(folder), f"it must be a Hugging Face folder or a .gguf file; {hint}")
-    raw = shards.read_json(folder / "config.json")
+    raw = read_object(folder / "config.json", "checkpoint")
     model_type = str(raw.get("model_type"))
     if model_type not in FAMILIES:
         raise ConfigError("model_type", model_type, f"supported are {', '.join(FAMILIES)}", FAMILIES)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from xylem.errors import ConfigError
+from xylem.files import read_object
 from xylem.models.conversion import listed
 
 TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -62,7 +63,7 @@ def tensors(folder: Path) -> dict[str, Stored]:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         hint = f"; {pickles[0]} is a pickle, which can run code: save it as safetensors first" if pickles else ""
         raise ConfigError("checkpoint", str(folder), f"it must hold model.safetensors or {INDEX}{hint}")
-    where = read_json(index).get("weight_map")
+    where = read_object(index, "checkpoint").get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ConfigError("weight_map", where, f"{index} must map names of tensors to names of files")
     headers = {}
@@ -122,19 +123,6 @@ def write_folder(
     if len(shards) > 1:
         total = sum(size for _, size in plan)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file that may be missing, damaged or something else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError("checkpoint", str(file.parent), f"it holds no {file.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError("checkpoint", str(file), f"it is not readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ConfigError("checkpoint", str(file), "it must be a JSON object")
-    return value
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

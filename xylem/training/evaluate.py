@@ -30,7 +30,7 @@ def figures(sums: Sequence[Sums], counts: dict[str, int]) -> dict[str, float]:
     return {
         "loss": nll / weight,
         "perplexity": metrics.perplexity(nll / weight),
-        "bits_per_byte": nll / math.log(2.0) / bytes_read,
+        "bits_per_byte": metrics.bits_per_byte(nll, bytes_read),
     }
 
 

@@ -51,13 +51,13 @@ def perplexity(nll_per_token: float | int) -> float:
     return math.inf if nll_per_token > 700.0 else math.exp(nll_per_token)
 
 
-def bits_per_byte(total_nll_nats: float | int, total_bytes: int) -> float:
+def bits_per_byte(total_nll_nats: float | int, total_bytes: float | int) -> float:
     """Bits the model needs for a byte of the text (UTF-8): comparable between tokenizers, and with compressors.
 
     `total_nll_nats` is the sum over all tokens of a text of `total_bytes` bytes (The Pile, 2101.00027, section 3.1).
     """
-    if total_bytes < 1:
-        raise ValueError("bits per byte need a text of at least one byte")
+    if not total_bytes > 0:
+        raise ValueError("bits per byte need a text that is not empty")
     return total_nll_nats / math.log(2.0) / total_bytes
 
 
