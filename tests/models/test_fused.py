@@ -212,7 +212,7 @@ def _score_sizes(text: str) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(
     "batch, blocks, parts",
-    [(8, 1, 4), (8, 2, 4), (8, 3, 2), (8, 6, 1), (6, 1, 3), (6, 4, 2), (2, 1, 2), (5, 1, 1), (1, 1, 1)],
+    [(8, 1, 2), (8, 4, 2), (8, 6, 1), (6, 3, 2), (2, 1, 2), (5, 1, 1), (1, 1, 1)],
 )
 def test_fused_attention_cuts_the_batch_where_blocks_are_few(batch, blocks, parts):
     shape = jax.ShapeDtypeStruct((batch, 12, 2, 4), jnp.float32)
@@ -297,9 +297,10 @@ def test_fused_cross_entropy_pays_only_for_what_is_asked(rng_seed):
     def products(function):
         return str(jax.make_jaxpr(function)(params, hidden)).count("dot_general")
 
-    assert products(jax.jit(loss)) == 1
-    assert products(jax.jit(jax.grad(loss, 1))) == 2  # the head is frozen
-    assert products(jax.jit(jax.grad(loss, (0, 1), allow_int=True))) == 3
+    sums = 1  # of rows, by a vector of ones
+    assert products(jax.jit(loss)) == 1 + sums
+    assert products(jax.jit(jax.grad(loss, 1))) == 2 + sums  # the head is frozen
+    assert products(jax.jit(jax.grad(loss, (0, 1), allow_int=True))) == 3 + sums
 
 
 def test_fused_cross_entropy_memory_is_a_chunk():

@@ -176,3 +176,16 @@ def test_tokens_outside_the_vocabulary_are_named(flags, corpus, tmp_path):
     module, params, _, _ = open_model(str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"ids must lie in \[0, 257\)"):
         generate(module, params, [[257]], Sampling(1), jax.random.key(0))
+
+
+def test_generating_with_an_encoder_is_refused(tmp_path):
+    import jax
+
+    from xylem.models import build, hub
+    from xylem.models.bert import bert
+
+    config = bert(1, 8, 2, vocab_size=11, max_length=9)
+    params = build(config).init(jax.random.key(0), jax.numpy.zeros((1, 2), int))["params"]
+    hub.save(tmp_path / "hf", config, params)
+    with pytest.raises(ConfigError, match="a decoder is wanted, and bert models are none"):
+        script("generate")([str(tmp_path / "hf"), "--prompt", "x"])

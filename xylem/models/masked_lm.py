@@ -76,18 +76,20 @@ class MaskedLM(LanguageModel):
         door = Sites(jnp.int32(-1), self.taps, self.intervene)
         mask = Mask(causal=False, query_segments=segments, key_segments=segments)
         hidden, _, kept = run_layers(self, config, kernels, door("embed", h), mask, (positions, positions), None, train)
-        if self.is_initializing():
-            MaskedTransform(config, kernels, name="head")(hidden)
-        held, pooled, pair_logits = dict(self.variables["params"]), None, None
-        pairs = config.embedding.token_types == 2
-        if "pooler" in held or (pairs and self.is_initializing()):
+        # Every head is made at the start; later a tree may lack some, and what they would give is None.
+        making, held = self.is_initializing(), dict(self.variables["params"])
+        pooled = pair_logits = logits = None
+        if "pooler" in held or (making and config.embedding.token_types == 2):
             pooler = Dense(config.d_model, config.init.kernel, config, kernels, name="pooler")
             pooled = jnp.tanh(pooler(hidden[:, 0]).astype(jnp.float32)).astype(hidden.dtype)
-        if pooled is not None and ("pair_head" in held or self.is_initializing()):
-            judge = Dense(2, config.init.kernel, config, kernels, name="pair_head")
-            pair_logits = judge(pooled).astype(jnp.float32)
-        held = dict(self.variables["params"])
-        logits = self.head(self.head_params(held), hidden) if "head" in held else None
+            if "pair_head" in held or making:
+                judge = Dense(2, config.init.kernel, config, kernels, name="pair_head")
+                pair_logits = judge(pooled).astype(jnp.float32)
+        if making:
+            MaskedTransform(config, kernels, name="head")(hidden)
+            held = dict(self.variables["params"])
+        if "head" in held:
+            logits = self.head(self.head_params(held), hidden)
         return EncoderOutput(logits, hidden, None, {**door.kept, **kept}, pooled, pair_logits)
 
     @nn.nowrap

@@ -62,22 +62,19 @@ class Seq2Seq(LanguageModel):
         continue each row, and ``tokens`` may be None.
         """
         self.check_call(token_types)
+        decoder_tokens = tokens if decoder_tokens is None else decoder_tokens
         if decoder_tokens is None:
-            decoder_tokens = tokens
-        assert decoder_tokens is not None, "tokens or decoder_tokens"
+            raise ValueError("tokens and decoder_tokens are both missing")
         check_length(self.config.decoder, decoder_tokens)
-        memory = None
-        if cache is None:
-            assert tokens is not None, "tokens, or a cache that holds what was made of them"
+        if cache is not None:
+            memory, sources, targets = None, cache.segments, jnp.ones_like(decoder_tokens)
+        elif tokens is not None:
             memory = self.encode(tokens, segments=segments, embeddings=embeddings, train=train)
-            sources = segments
+            sources, targets = segments, decoder_segments
+            if sources is not None and targets is None:  # one pair a row, its source perhaps padded
+                targets = jnp.ones_like(decoder_tokens)
         else:
-            sources = cache.segments
-        if cache is None and decoder_segments is not None:
-            targets = decoder_segments
-        else:
-            targets = None if sources is None else jnp.ones_like(decoder_tokens)
-            sources = sources if decoder_segments is None or sources is None else (sources > 0).astype(jnp.int32)
+            raise ValueError("tokens are missing, and so is a cache that holds what was made of them (start)")
         memory_mask = Mask(causal=False, query_segments=targets, key_segments=sources)
         if positions is None:
             positions = positions_of(decoder_tokens, decoder_segments, cache)
@@ -108,7 +105,10 @@ class Seq2Seq(LanguageModel):
     def start(
         self, params: dict[str, Any], tokens: Int[Array, "B S"], max_length: int, segments: Int[Array, "B S"] | None
     ) -> Seq2SeqCache:
-        """Read the source texts: an empty cache of ``max_length`` target tokens a row, with their keys and values."""
+        """Read the source texts, one a row (``segments`` 0 is padding).
+
+        Returns a cache of their keys and values for every decoder layer, with room for ``max_length`` target tokens.
+        """
         config = self.config.decoder
         memory: Any = self.apply({"params": params}, tokens, segments=segments, method="encode")
 
@@ -122,7 +122,7 @@ class Seq2Seq(LanguageModel):
 
         pairs = [jax.vmap(remember)(params["decoder"][name]) for name in runs(params["decoder"])]
         keys, values = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
-        real = jnp.ones_like(tokens) if segments is None else segments
+        real = jnp.ones_like(tokens) if segments is None else (segments > 0).astype(tokens.dtype)
         return Seq2SeqCache(KVCache.init(config, tokens.shape[0], max_length), keys, values, real)
 
 

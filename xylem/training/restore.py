@@ -13,7 +13,7 @@ from xylem.data.config import DataConfig
 from xylem.data.pretrained import PRETRAINED, pretrained
 from xylem.errors import ConfigError
 from xylem.models import hub
-from xylem.models.config import from_dict
+from xylem.models.config import TransformerConfig, from_dict
 from xylem.models.language_model import LanguageModel
 from xylem.training.checkpoint import load_params
 from xylem.training.config import RunConfig
@@ -36,7 +36,7 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     package (``PRETRAINED``), which is fetched. A run that keeps averaged weights gives those.
 
     Raises:
-        ConfigError: there is no such thing, it is damaged, or tokenizer and model do not fit.
+        ConfigError: there is no such thing, it is no decoder, it is damaged, or tokenizer and model do not fit.
     """
     path = Path(name)
     if not path.exists() and name in PRETRAINED:
@@ -57,6 +57,8 @@ def open_model(name: str, dtype: str = "float32") -> Model:
             )
     else:
         config, params = hub.load(path, dtype)
+        if not isinstance(config, TransformerConfig) or config.attention.mask != "causal":
+            raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
         tokenizer = tokenizers.load(path)
         data = DataConfig(tokenizer=str(path), sequence_length=min(512, config.max_length))
     if tokenizer.vocab_size > config.vocab_size:
