@@ -38,6 +38,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers(_\d+)?/(attention/output|mlp/down)/bias", P()),
     (r"layers(_\d+)?/(attention|mlp)_norm/(scale|bias)", P()),
     (r"layers(_\d+)?/(attention|mlp)_adapter/(down|up)/(kernel|bias)", P()),
+    (r"layers(_\d+)?/cell/(input|recurrent)/kernel", P("fsdp", "tensor")),
+    (r"layers(_\d+)?/cell/(input|recurrent)/bias", P("tensor")),
     (r"final_norm/(scale|bias)", P()),
     (r"head/kernel", P("fsdp", "tensor")),
 )
