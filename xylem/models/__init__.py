@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xylem.models import bart, bert, gpt, llama, t5, vanilla
-from xylem.models.config import ModelConfig, Seq2SeqConfig
+from xylem.models.config import ModelConfig, RecurrentConfig, Seq2SeqConfig
 
 if TYPE_CHECKING:
     from xylem.models.language_model import LanguageModel
@@ -52,12 +52,15 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 }
 
 
-def build(config: ModelConfig) -> LanguageModel:
+def build(config: ModelConfig | RecurrentConfig) -> LanguageModel:
     """The module a config describes: ``init``, ``apply``, ``head`` and ``clone`` are its public calls."""
     from xylem.models.masked_lm import MaskedLM
+    from xylem.models.recurrent import RecurrentLM
     from xylem.models.seq2seq import Seq2Seq
     from xylem.models.transformer import CausalLM
 
     if isinstance(config, Seq2SeqConfig):
         return Seq2Seq(config)
+    if isinstance(config, RecurrentConfig):
+        return RecurrentLM(config)
     return CausalLM(config) if config.attention.mask == "causal" else MaskedLM(config)

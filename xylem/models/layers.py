@@ -35,8 +35,9 @@ def einsum(equation: str, x: Array, weight: Array | Leaf, kernels: Choice | None
     return jnp.einsum(equation, x, weight)
 
 
-def parameter(module: nn.Module, name: str, std: float | None, shape: tuple[int, ...], dtype: str, fill: float = 0.0):
-    """The module's parameter ``name``: what the tree holds, or a new one (normal of ``std``, else all ``fill``).
+def parameter(module: nn.Module, name: str, std: float | None, shape: tuple[int, ...], dtype: str, fill: Any = 0.0):
+    """The module's parameter ``name``: what the tree holds, or a new one: normal of ``std``, else ``fill``, which is a
+    number or an array.
 
     ``Module.param`` alone would refuse a leaf whose parts have other shapes than the weight it stands for.
     """
@@ -97,7 +98,7 @@ class Embed(nn.Module):
     rows: int
     features: int
     std: float
-    config: TransformerConfig
+    config: Any
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
