@@ -72,7 +72,8 @@ def _sums(module: LanguageModel, config: ObjectiveConfig, params: Any, batch: di
     labels, weights = batch["labels"], batch["weights"]
     args = (module.head, module.head_params(params), hidden, labels, weights)
     if kernels.cross_entropy:
-        chunk = kernels.loss_chunk(*labels.shape, module.config.vocab_size)
+        batch_size, length = labels.shape
+        chunk = kernels.loss_chunk(batch_size, length, module.config.vocab_size)
         loss, nll = fused.cross_entropy(*args, config.label_smoothing, config.z_loss, chunk)
     else:
         loss, nll = fused.cross_entropy_plain(*args, config.label_smoothing, config.z_loss)
