@@ -28,6 +28,7 @@ class Arguments:
         checkpoint: a run folder of a recurrent model; else models are made and trained here.
         cells: which models are made.
         d_model: their width.
+        forget_bias: where the forget gates of an LSTM start, one model each.
         num_layers: their depth; the last layer is measured.
         steps: of training; 0 measures at birth alone.
         batch_size: sequences a step.
@@ -41,6 +42,7 @@ class Arguments:
     checkpoint: str | None = None
     cells: tuple[Literal["rnn", "gru", "lstm"], ...] = ("rnn", "gru", "lstm")
     d_model: int = 128
+    forget_bias: tuple[float, ...] = (1.0, 5.0)
     num_layers: int = 1
     steps: int = 300
     batch_size: int = 16
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> None:
     from xylem.errors import ConfigError
 
     parsed = tyro.cli(Arguments, prog="gradient_flow.py", description=__doc__, args=arguments)
-    for name, least in {"steps": 0, "batch_size": 1, "texts": 1, "seed": 0}.items():
+    for name, least in {"d_model": 1, "num_layers": 1, "steps": 0, "batch_size": 1, "texts": 1, "seed": 0}.items():
         if getattr(parsed, name) < least:
             raise ConfigError(name, getattr(parsed, name), f"it must be at least {least}")
 
@@ -96,6 +98,8 @@ def of_checkpoint(parsed: Arguments) -> dict[str, Any]:
 
 def of_new_models(parsed: Arguments) -> dict[str, Any]:
     """The flow through new models, before and after training."""
+    from dataclasses import replace
+
     import jax
     import jax.numpy as jnp
 
@@ -105,17 +109,20 @@ def of_new_models(parsed: Arguments) -> dict[str, Any]:
 
     data = pipeline.prepare(parsed.data)
     born, grown = {}, {}
-    for cell in parsed.cells:
-        vocab, length = data.tokenizer.vocab_size, parsed.data.sequence_length
-        module = RecurrentLM(recurrent(cell, parsed.num_layers, parsed.d_model, vocab, length))
+    vocab, length = data.tokenizer.vocab_size, parsed.data.sequence_length
+    configs = {cell: recurrent(cell, parsed.num_layers, parsed.d_model, vocab, length) for cell in parsed.cells}
+    if (lstm := configs.pop("lstm", None)) is not None:
+        configs |= {f"lstm, forget bias {bias:g}": replace(lstm, forget_bias=bias) for bias in parsed.forget_bias}
+    for name, config in configs.items():
+        module = RecurrentLM(config)
         params = module.init(jax.random.key(parsed.seed), jnp.zeros((1, 2), jnp.int32))["params"]
-        born[cell] = flow(module, params, data, parsed.texts)
+        born[name] = flow(module, params, data, parsed.texts)
         if parsed.steps:
-            grown[cell] = flow(module, trained(module, params, data, parsed), data, parsed.texts)
+            grown[name] = flow(module, trained(module, params, data, parsed, name), data, parsed.texts)
     return {"at birth": born} | ({f"after {parsed.steps} steps": grown} if parsed.steps else {})
 
 
-def trained(module: RecurrentLM, params: Any, data: Prepared, parsed: Arguments) -> Any:
+def trained(module: RecurrentLM, params: Any, data: Prepared, parsed: Arguments, name: str) -> Any:
     """The parameters after a short training, every sequence from the zero state."""
     from functools import partial
 
@@ -136,7 +143,7 @@ def trained(module: RecurrentLM, params: Any, data: Prepared, parsed: Arguments)
     for done in range(1, parsed.steps + 1):
         state, row = step(state, next(batches))
         if done % 50 == 0 or done == parsed.steps:
-            print(f"{module.config.cell}: step {done}/{parsed.steps}  loss {float(row['loss']):.4f}")
+            print(f"{name}: step {done}/{parsed.steps}  loss {float(row['loss']):.4f}")
     return state.params
 
 
@@ -145,6 +152,7 @@ def flow(module: RecurrentLM, params: Any, data: Prepared, texts: int) -> dict[s
     from functools import partial
 
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from xylem.data.pipeline import eval_batches
@@ -152,7 +160,8 @@ def flow(module: RecurrentLM, params: Any, data: Prepared, texts: int) -> dict[s
     from xylem.peft import tree
 
     batch, last = next(eval_batches(data, "validation", texts)), module.config.num_layers - 1
-    taps = module.clone(taps=("embed", "block_out")).apply({"params": params}, batch["tokens"]).taps
+    tokens = jnp.asarray(batch["tokens"])
+    taps = module.clone(taps=("embed", "block_out")).apply({"params": params}, tokens).taps
     inputs = taps["block_out"][last - 1] if last else taps["embed"]
     weights = tree.layer(params, last)["cell"]
     powers = np.asarray(jax.jit(partial(gradient_flow, module.config.cell))(weights, inputs))
@@ -167,12 +176,14 @@ def show(stages: dict[str, Any]) -> None:
     curves = {(stage, cell): curve["mean"] for stage, cells in stages.items() for cell, curve in cells.items()}
     length = min(len(curve) for curve in curves.values())
     steps = sorted({min(4**i, length - 1) for i in range(length.bit_length())})
-    table = Table(title="log10 of the gradient k steps back", title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for name in ("", "cell", *(f"k = {k}" for k in steps)):
         table.add_column(name, justify="right" if name.startswith("k") else "left")
     for (stage, cell), curve in curves.items():
         table.add_row(stage, cell, *(f"{curve[k]:.1f}" for k in steps))
-    Console().print(table)
+    console = Console()
+    console.print("\n[bold]log10 of the gradient k steps back[/bold]")
+    console.print(table)
 
 
 if __name__ == "__main__":

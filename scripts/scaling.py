@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from xylem.launch import launch
+from xylem.models.config import TransformerConfig
 from xylem.training.config import RunConfig
 
 
@@ -47,12 +48,14 @@ class Arguments:
 def quick(run: RunConfig) -> Arguments:
     """A run as the base of a sweep that two cores finish in minutes: few tokens a step, a vocabulary that small models
     can afford, nothing read or written between the first step and the last."""
+    never = dict.fromkeys(("evaluate_every", "save_every", "sample_every"), 0)
+    run = replace(run, batch_size=8, log_every=100, keep=1, run_dir="runs/scaling", **never)
+    if not isinstance(run.model, TransformerConfig):
+        return Arguments(run)  # which has no sizes: told when the sweep is planned
     data = replace(run.data, tokenizer="bpe:512", sequence_length=128)
     compute = replace(run.model.compute, layers="scan")  # compiling costs these runs more than their steps
     model = replace(run.model, vocab_size=512, max_length=128, compute=compute)
-    never = dict.fromkeys(("evaluate_every", "save_every", "sample_every"), 0)
-    every = {"batch_size": 8, "log_every": 100, "keep": 1, "run_dir": "runs/scaling", **never}
-    return Arguments(replace(run, model=model, data=data, **every))
+    return Arguments(replace(run, model=model, data=data))
 
 
 def main(arguments: list[str]) -> None:
@@ -139,32 +142,38 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def table(title: str, *names: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    def table(*names: str) -> Table:
+        made = Table(box=None, pad_edge=False)
         for name in names:
             made.add_column(name, justify="left" if name in ("", "run") else "right")
         return made
 
-    runs = table("runs", "run", "N", "D", "D / N", "loss", "law", "error")
+    runs = table("run", "N", "D", "D / N", "loss", "law", "error")
     for row in found["runs"]:
         error = f"{row['loss'] / row['law'] - 1:+.2%}"
         figures = f"{row['N']:,}", f"{row['D']:,}", f"{row['D'] / row['N']:.1f}", f"{row['loss']:.4f}"
         runs.add_row(row["run"], *figures, f"{row['law']:.4f}", error)
     level = f"{found['draws']['level']:.0%} of draws"
-    law = table("L(N, D) = E + A / N^alpha + B / D^beta", "", "fit", level)
+    law = table("", "fit", level)
     for name, value in found["law"].items():
         law.add_row(name, f"{value:.4g}", "{:.4g} to {:.4g}".format(*found["intervals"][name]))
-    best = table(f"compute-optimal at {found['budget']:.3g} FLOPs", "", "best", level)
+    best = table("", "best", level)
     for name, value in found["optimum"].items():
         best.add_row(name, f"{value:.4g}", "{:.4g} to {:.4g}".format(*found["optimum_intervals"][name]))
-    valleys = table("least loss at each budget, by parabolas", "FLOPs", "N", "loss")
+    valleys = table("FLOPs", "N", "loss")
     for row in found["isoflop"]:
         at = row["parabola"]
         valleys.add_row(f"{row['flops']:.3g}", *((f"{at['N']:,.0f}", f"{at['bottom']:.4f}") if at else ("none", "")))
+    tables = {
+        f"{len(found['runs'])} runs": runs,
+        "L(N, D) = E + A / N^alpha + B / D^beta": law,
+        f"compute-optimal at {found['budget']:.3g} FLOPs": best,
+        "least loss at each budget, by parabolas": valleys,
+    }
     console = Console()
-    for each in (runs, law, best, valleys):
+    for title, each in tables.items():
+        console.print(f"\n[bold]{title}[/bold]")
         console.print(each)
-        console.print()
 
 
 if __name__ == "__main__":

@@ -20,14 +20,16 @@ def flags(tmp_path):
 
 
 def test_gradient_flow_vanishes_in_the_rnn_before_the_lstm_and_moves_with_training(flags, tmp_path, capfd):
-    script("gradient_flow")([*flags, "--cells", "rnn", "lstm", "--steps", "3", "--learning-rate", "0.05"])
+    script("gradient_flow")(
+        [*flags, "--cells", "rnn", "lstm", "--forget-bias", "2", "--steps", "3", "--learning-rate", "0.05"]
+    )
     flow = json.loads((tmp_path / "out" / "gradient_flow.json").read_text())["flow"]
     assert list(flow) == ["at birth", "after 3 steps"]
     for curve in (curve for stage in flow.values() for curve in stage.values()):
         mean, low, high = (np.array(curve[name]) for name in ("mean", "low", "high"))
         assert len(mean) == 60 and mean[0] == 0 and (low <= mean + 1e-6).all() and (mean <= high + 1e-6).all()
     born, grown = flow.values()
-    assert born["rnn"]["high"][-1] < born["lstm"]["low"][-1] - 3
+    assert born["rnn"]["high"][-1] < born["lstm, forget bias 2"]["low"][-1] - 3
     assert all(abs(born[cell]["mean"][-1] - grown[cell]["mean"][-1]) > 1e-3 for cell in born)
     assert (tmp_path / "out" / "gradient_flow.png").read_bytes().startswith(b"\x89PNG")
     out = capfd.readouterr().out

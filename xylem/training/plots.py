@@ -189,12 +189,12 @@ def _draw_bits(axis: Any, bits: tuple[list, list], references: Mapping[str, floa
         )  # fmt: skip
 
 
-def _between(low: float, high: float, count: int = 100) -> list[float]:
+def _between(low: float | int, high: float | int, count: int = 100) -> list[float]:
     """Numbers from ``low`` to ``high`` in equal ratios."""
     return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
 
 
-def _by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[float, list[Mapping[str, Any]]]:
+def _by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[float | int, list[Mapping[str, Any]]]:
     """Rows by the value of ``key``, in its order."""
     values = sorted({row[key] for row in rows})
     return {value: [row for row in rows if row[key] == value] for value in values}
