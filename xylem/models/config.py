@@ -6,7 +6,7 @@ Constants that differ between families (``rope_theta``, ``norm_eps``, ...) have 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from xylem.errors import ConfigError
@@ -33,7 +33,11 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
 
     def build(name: str, value: Any) -> Any:
         nested: list[Any] = [each for each in (hints[name], *get_args(hints[name])) if is_dataclass(each)]
-        return from_dict(nested[0], value) if nested and isinstance(value, Mapping) else value
+        if not nested or not isinstance(value, Mapping):
+            return value
+        # Of several classes it is the one with these fields.
+        same = [each for each in nested if {one.name for one in fields(each)} == set(value)]
+        return from_dict((same or nested)[0], value)
 
     return kind(**{name: build(name, value) for name, value in values.items()})
 
@@ -237,22 +241,30 @@ class TransformerConfig:
         """Columns of the embedding table."""
         return self.embedding.size or self.d_model
 
-    def train_flops_per_token(self, sequence_length: int) -> float:
-        """Operations of one training step (forward and backward) for one token of a causal sequence.
+    def train_flops_per_token(self, sequence_length: int, predicted: float = 1.0) -> float:
+        """Operations of one training step (forward and backward) for one token of a sequence.
 
             6 x (weights of every matrix product, the output head included, the embedding look-up not)
           + 6 x layers x sequence_length x heads x head_dim
 
         One multiply-add is two operations: a weight costs 2 forward and 4 backward. Attention's two products cost
         4 S N H forward for a query that sees S keys; a causal query sees half of the sequence on average; backward
-        costs twice that: 3 x 4 x T/2 N H. (PaLM, 2204.02311, appendix B, counts the whole square: 12 L T N H.)
-        Rematerialised products are not counted.
+        costs twice that: 3 x 4 x T/2 N H. (PaLM, 2204.02311, appendix B, counts the whole square: 12 L T N H.) In an
+        encoder a query does see all of it. Rematerialised products are not counted.
+
+        Args:
+            sequence_length: tokens a row.
+            predicted: the share of the tokens whose logits are computed.
         """
+        return self.layer_flops(sequence_length) + 6.0 * predicted * self.d_model * self.vocab_size
+
+    def layer_flops(self, sequence_length: int) -> float:
+        """``train_flops_per_token`` without the head."""
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.d_model * (2 * query + 2 * kv)
         mlp = (3 if self.gated else 2) * self.d_model * self.d_ff
-        weights = self.num_layers * (attention + mlp) + self.d_model * self.vocab_size
-        return 6.0 * weights + 6.0 * self.num_layers * sequence_length * query
+        seen = sequence_length / 2 if self.attention.mask == "causal" else sequence_length
+        return 6.0 * self.num_layers * (attention + mlp) + 12.0 * self.num_layers * seen * query
 
 
 @dataclass(frozen=True)
@@ -315,6 +327,21 @@ class Seq2SeqConfig:
     def compute(self) -> Compute:
         """How both sides are computed."""
         return self.decoder.compute
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of both sides."""
+        return self.encoder.num_layers + self.decoder.num_layers
+
+    def train_flops(self, source: int, target: int) -> float:
+        """Operations of one training step for one pair of these lengths in tokens, counted as
+        ``TransformerConfig.train_flops_per_token`` does; keys and values of the source are made once a layer."""
+        decoder = self.decoder
+        query, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+        projections = 6.0 * self.d_model * (2 * query * target + 2 * kv * source)
+        crossing = decoder.num_layers * (projections + 12.0 * source * target * query)
+        own = source * self.encoder.layer_flops(source) + target * decoder.train_flops_per_token(target)
+        return own + crossing
 
     def with_compute(self, compute: Compute) -> Seq2SeqConfig:
         """The same network, computed otherwise."""
@@ -384,4 +411,4 @@ class RecurrentConfig:
         return replace(self, compute=compute)
 
 
-ModelConfig = TransformerConfig | Seq2SeqConfig  # what has presets and files of others (``hub``)
+ModelConfig = TransformerConfig | Seq2SeqConfig | RecurrentConfig

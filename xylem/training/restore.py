@@ -13,10 +13,10 @@ from xylem.data.config import DataConfig
 from xylem.data.pretrained import PRETRAINED, pretrained
 from xylem.errors import ConfigError
 from xylem.models import hub
-from xylem.models.config import TransformerConfig, from_dict
+from xylem.models.config import from_dict
 from xylem.models.language_model import LanguageModel
 from xylem.training.checkpoint import load_params
-from xylem.training.config import RunConfig
+from xylem.training.config import RunConfig, objectives_of
 from xylem.training.run_folder import CHECKPOINTS, CONFIG
 
 
@@ -57,16 +57,16 @@ def open_model(name: str, dtype: str = "float32") -> Model:
             )
     else:
         config, params = hub.load(path, dtype)
-        if not isinstance(config, TransformerConfig) or config.attention.mask != "causal":
-            raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
         tokenizer = tokenizers.load(path)
         data = DataConfig(tokenizer=str(path), sequence_length=min(512, config.max_length))
+    if "causal_lm" not in objectives_of(config):
+        raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
     if tokenizer.vocab_size > config.vocab_size:
         allowed = f"the model has {config.vocab_size} tokens, its tokenizer may not have more"
         raise ConfigError("tokenizer", tokenizer.vocab_size, allowed)
     # One compiled layer for all: what is opened to be used is run a few times, not a few thousand.
-    compute = replace(config.compute, layers="scan", dtype=dtype)
-    return Model(models.build(replace(config, compute=compute)), params, tokenizer, data)
+    config = config.with_compute(replace(config.compute, layers="scan", dtype=dtype))
+    return Model(models.build(config), params, tokenizer, data)
 
 
 def _open_run(path: Path) -> tuple[Any, dict[str, Any]]:
