@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from xylem.models import fused
-from xylem.models.config import TransformerConfig
+from xylem.models.config import ModelConfig, TransformerConfig
 from xylem.models.fused import Choice
 from xylem.models.leaves import Leaf
 
@@ -35,8 +35,17 @@ def einsum(equation: str, x: Array, weight: Array | Leaf, kernels: Choice | None
     return jnp.einsum(equation, x, weight)
 
 
-def parameter(module: nn.Module, name: str, std: float | None, shape: tuple[int, ...], dtype: str, fill: float = 0.0):
-    """The module's parameter ``name``: what the tree holds, or a new one (normal of ``std``, else all ``fill``).
+def parameter(
+    module: nn.Module,
+    name: str,
+    std: float | nn.initializers.Initializer | None,
+    shape: tuple[int, ...],
+    dtype: str,
+    fill: float = 0.0,
+):
+    """The module's parameter ``name``: what the tree holds, or a new one.
+
+    A new one is normal of ``std``, drawn by it where it is a function, or all ``fill`` where it is None.
 
     ``Module.param`` alone would refuse a leaf whose parts have other shapes than the weight it stands for.
     """
@@ -46,7 +55,8 @@ def parameter(module: nn.Module, name: str, std: float | None, shape: tuple[int,
             path = "/".join((*module.path, name))
             raise ValueError(f"{path}: the parameters hold shape {value.shape}, the config asks for {shape}")
         return value
-    init = nn.initializers.constant(fill) if std is None else nn.initializers.normal(std)
+    normal = std if callable(std) or std is None else nn.initializers.normal(std)
+    init = nn.initializers.constant(fill) if normal is None else normal
     return module.param(name, init, shape, jnp.dtype(dtype))
 
 
@@ -60,7 +70,7 @@ class Dense(nn.Module):
 
     features: int
     std: float
-    config: TransformerConfig
+    config: ModelConfig
     kernels: Choice
 
     @nn.compact
@@ -78,7 +88,7 @@ def side_by_side(
     joined: str,
     widths: dict[str, int],
     x: Float[Array, "*B I"],
-    config: TransformerConfig,
+    config: ModelConfig,
     kernels: Choice,
 ) -> list[Float[Array, "*B O"]]:
     """Products of one input with several kernels of the calling module: ``widths`` are their names and columns.
@@ -97,7 +107,7 @@ class Embed(nn.Module):
     rows: int
     features: int
     std: float
-    config: TransformerConfig
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
@@ -111,7 +121,7 @@ class Embed(nn.Module):
 class Norm(nn.Module):
     """LayerNorm (1607.06450) or RMSNorm (1910.07467), in float32 whatever the compute type."""
 
-    config: TransformerConfig
+    config: ModelConfig
     kernels: Choice
 
     @nn.compact

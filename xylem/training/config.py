@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
-from xylem.models.config import TransformerConfig, check_choices
+from xylem.models.config import MambaConfig, TransformerConfig, check_choices
 
 if TYPE_CHECKING:
     from xylem.data.tokenizers import Tokenizer
@@ -100,7 +100,7 @@ class RunConfig:
         keep: checkpoints kept besides the best one.
     """
 
-    model: TransformerConfig
+    model: TransformerConfig | MambaConfig
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
