@@ -53,6 +53,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (_LAYERS + r"mixer/output/kernel", P("tensor", "fsdp")),
     (_LAYERS + r"((cross_)?attention|mlp|mixer)_norm/(scale|bias)", P()),
     (_LAYERS + r"((cross_)?attention|mlp|mixer)_adapter/(down|up)/(kernel|bias)", P()),
+    (_LAYERS + r"cell/(input|recurrent)/kernel", P("fsdp", "tensor")),
+    (_LAYERS + r"cell/(input|recurrent)/bias", P("tensor")),
     (r"(encoder|decoder)/relative_bias/embedding", P(None, "tensor")),
     (_SIDE + r"final_norm/(scale|bias)", P()),
     (r"head/kernel", P("fsdp", "tensor")),

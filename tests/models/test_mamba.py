@@ -108,7 +108,7 @@ def test_a_and_d_never_decay_and_muon_leaves_the_convolution(plain_case):
     assert hidden == {"input", "gate", "low", "B", "C", "delta", "output"}
 
 
-@pytest.mark.parametrize(("name", "value"), [("d_inner", 0), ("norm_eps", 0.0), ("discretization", "bilinear")])
+@pytest.mark.parametrize(("name", "value"), [("d_inner", 0), ("state_size", -1), ("norm_eps", 0.0)])
 def test_config_refuses_by_name(name, value):
     with pytest.raises(ConfigError, match=name):
         dataclasses.replace(small(), **{name: value})
@@ -116,7 +116,9 @@ def test_config_refuses_by_name(name, value):
 
 def test_flops_follow_the_weights_and_the_states():
     config = small()
-    shapes = flatten(jax.eval_shape(models.build(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    shapes = flatten(
+        jax.eval_shape(models.build(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    )
     kernels = sum(x.size for path, x in shapes.items() if path.endswith("/kernel") and "conv" not in path)
     products = kernels + config.vocab_size * config.d_model
     scan = sum(x.size for path, x in shapes.items() if path.endswith("A_log")) * 7
@@ -259,7 +261,7 @@ def test_intervention_patches_one_runs_residual_into_another(plain_case, proof, 
 
 
 def test_low_rank_leaf_equals_its_matrix_everywhere(plain_case, proof, rng_seed):
-    config, module, params, tokens = plain_case
+    _, module, params, tokens = plain_case
 
     def graft(path, weight):
         if not path.endswith(("kernel", "embedding")) or "conv" in path:

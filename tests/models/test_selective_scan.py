@@ -1,4 +1,4 @@
-"""The forms of the selective scan against a NumPy loop, and against each other under all that the models do with them."""
+"""The forms of the selective scan against a NumPy loop, and against each other under all that models do with them."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from xylem.models.config import Compute
 from xylem.models.selective_scan import selective_scan
 from xylem.sharding import make_mesh
 
-B, T, I, Z = 3, 13, 7, 5
+B, T, INNER, Z = 3, 13, 7, 5
 EACH = pytest.mark.parametrize("form", scans.FORMS)
 RULES = pytest.mark.parametrize("rule", ["euler", "zoh"])
 
@@ -26,7 +26,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(selective_scan_pallas, "CHUNK", 8)
 
 
-def case(rng: np.random.Generator, length: int = T, batch: int = B, inner: int = I) -> dict[str, jax.Array]:
+def case(rng: np.random.Generator, length: int = T, batch: int = B, inner: int = INNER) -> dict[str, jax.Array]:
     """All arguments at random; every row begins with a state, and a document begins inside every row of some length."""
     keep = (rng.random((batch, length)) > 0.2).astype(np.float32)
     keep[:, length // 2] = 0.0
@@ -71,7 +71,7 @@ def test_scan_gradients_equal_those_of_the_numpy_loop(form, rule, rng_seed, proo
     rng = np.random.default_rng(rng_seed)
     args = case(rng)
     keep = args.pop("keep")
-    cotangents = normal(rng, B, T, I), normal(rng, B, Z, I)
+    cotangents = normal(rng, B, T, INNER), normal(rng, B, Z, INNER)
     _, pull = jax.vjp(jax.jit(lambda args: selective_scan(**args, keep=keep, rule=rule, form=form)), args)
     (slopes,) = pull(cotangents)
     errors, faults = [], []
@@ -128,7 +128,9 @@ def test_a_step_of_size_zero_leaves_no_trace(form, rule, rng_seed):
     args = case(np.random.default_rng(rng_seed)) | {"keep": jnp.ones((B, T))}
     still = args | {"delta": args["delta"].at[:, 9:].set(0.0)}
     short = {name: value[:, :9] if value.shape[:2] == (B, T) else value for name, value in args.items()}
-    assert apart(selective_scan(**still, rule=rule, form=form)[1], selective_scan(**short, rule=rule, form=form)[1]) == 0
+    assert (
+        apart(selective_scan(**still, rule=rule, form=form)[1], selective_scan(**short, rule=rule, form=form)[1]) == 0
+    )
 
 
 @EACH

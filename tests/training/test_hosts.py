@@ -15,6 +15,7 @@ import pytest
 from xylem.errors import ConfigError
 from xylem.sharding import join_hosts
 
+BAR = 1e-5
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
 TINY = (
     *("--model.num-layers", "2", "--model.d-model", "16", "--model.num-heads", "2", "--model.num-kv-heads", "2"),
@@ -23,21 +24,42 @@ TINY = (
     *("--evaluate-every", "2", "--save-every", "2", "--optimizer.name", "adamw", "--optimizer.learning-rate", "1e-3"),
     *("--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0"),  # the same whatever --steps is
 )
+HONEST = (str(SCRIPT),)
+# The same script on a host that reads the rows of the first one, whichever it is.
+FAULTY = (
+    "-c",
+    f"""
+import runpy, sys
+from xylem.data import pipeline
+
+class FirstRows(pipeline.TrainIterator):
+    def __init__(self, *args, process_index, **options):
+        super().__init__(*args, process_index=0, **options)
+
+pipeline.TrainIterator = FirstRows
+sys.argv[0] = {str(SCRIPT)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+""",
+)
 
 
-def start(folder: Path, run: str, steps: int, *flags: str, **environment: str) -> subprocess.Popen:
+def start(
+    folder: Path, run: str, steps: int, *flags: str, program: tuple[str, ...] = HONEST, **environment: str
+) -> subprocess.Popen:
     where = ("--data.corpus", str(folder / "text.txt"), "--data.cache-dir", str(folder / "cache"))
-    command = [sys.executable, str(SCRIPT), *TINY, *where, "--run-dir", str(folder / run), "--steps", str(steps)]
+    command = [sys.executable, *program, *TINY, *where, "--run-dir", str(folder / run), "--steps", str(steps)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*command, *flags], env={**os.environ, "XLA_FLAGS": "", **environment}, **pipes)
 
 
-def two_hosts(folder: Path, run: str, steps: int, *flags: str) -> list[subprocess.Popen]:
+def two_hosts(
+    folder: Path, run: str, steps: int, *flags: str, program: tuple[str, ...] = HONEST
+) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     host = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [start(folder, run, steps, *flags, **host, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    return [start(folder, run, steps, *flags, program=program, **host, JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
 def ended_well(processes: list[subprocess.Popen]) -> list[str]:
@@ -63,17 +85,21 @@ def test_two_hosts_train_resume_and_validate_as_one(tmp_path, proof, rng_seed):
     first, _ = ended_well(two_hosts(tmp_path, "hosts", 4, "--mesh.fsdp", "2"))
     assert "step 4/4" in first and "going on from step 2" in first
 
+    ended_well(two_hosts(tmp_path, "faulty", 2, "--mesh.fsdp", "2", program=FAULTY))
     names = ("loss", "gradient_norm", "validation_loss")
-    ours, theirs = (
-        [[row[name] for name in names if name in row] for row in rows(tmp_path, run)] for run in ("hosts", "alone")
-    )
-    assert [len(row) for row in ours] == [len(row) for row in theirs] == [2, 3, 2, 3]
-    apart = np.concatenate(ours) / np.concatenate(theirs) - 1
-    error = np.abs(apart).max()
-    # The mutation: steps told apart by less than the bar would let a host that sees other rows pass.
-    assert abs(theirs[1][0] / theirs[0][0] - 1) > 1e-4
-    mutation = "the losses of another step differ by more than the bar"
-    proof("two hosts: loss, gradient norm, validation, resumed", "one process", error, 1e-5, rng_seed, mutation)
+    logged = {
+        run: [[row[name] for name in names if name in row] for row in rows(tmp_path, run)]
+        for run in ("alone", "hosts", "faulty")
+    }
+    assert [len(row) for row in logged["hosts"]] == [len(row) for row in logged["alone"]] == [2, 3, 2, 3]
+
+    def apart(run: str) -> float:
+        ours = np.concatenate(logged[run])
+        return float(np.abs(ours / np.concatenate(logged["alone"])[: len(ours)] - 1).max())
+
+    assert apart("faulty") > BAR
+    mutation = "the second host reads the rows of the first"
+    proof("two hosts: loss, gradient norm, validation, resumed", "one process", apart("hosts"), BAR, rng_seed, mutation)
 
 
 @pytest.mark.slow

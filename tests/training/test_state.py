@@ -13,6 +13,7 @@ from xylem import models, sharding
 from xylem.models.config import Compute
 from xylem.models.leaves import LowRank, Quantized
 from xylem.models.llama import llama
+from xylem.models.rnn import lstm
 from xylem.peft import tree
 from xylem.sharding import make_mesh, param_specs, path_name, shardings, spec_for
 from xylem.training.config import OptimizerConfig
@@ -58,6 +59,9 @@ def test_every_weight_of_every_preset_matches_exactly_one_rule(preset):
 
 def test_every_rule_is_used_by_some_preset():
     names = {name for preset in models.PRESETS for name in flat(with_adapters(shapes(preset)))}
+    recurrent = models.build(lstm(2, 8, 9, 7))  # of which no size was published
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    names |= set(flat(jax.eval_shape(recurrent.init, jax.random.key(0), tokens)["params"]))
     unused = [rule for rule, _ in sharding.RULES if not any(re.fullmatch(rule, name) for name in names)]
     assert not unused
 

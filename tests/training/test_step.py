@@ -117,7 +117,8 @@ def test_dropout_draws_anew_each_step(batch):
     state = create()
     _, first = step(state, batch)
     _, second = step(state.replace(step=state.step + 1), batch)
-    assert float(first["loss"]) != float(second["loss"])
+    # One of them may well round to the same number, both will not.
+    assert any(float(first[name]) != float(second[name]) for name in ("loss", "gradient_norm"))
 
 
 def test_non_finite_gradient_changes_nothing_and_is_counted(batch):

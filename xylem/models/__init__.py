@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xylem.models import bart, bert, gpt, llama, mamba, t5, vanilla
-from xylem.models.config import MambaConfig, ModelConfig, Seq2SeqConfig
+from xylem.models.config import MambaConfig, ModelConfig, RecurrentConfig, Seq2SeqConfig
 
 if TYPE_CHECKING:
     from xylem.models.language_model import LanguageModel
@@ -54,16 +54,19 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 }
 
 
-def build(config: ModelConfig) -> LanguageModel:
+def build(config: ModelConfig | RecurrentConfig) -> LanguageModel:
     """The module a config describes: ``init``, ``apply``, ``head`` and ``clone`` are its public calls."""
     if isinstance(config, MambaConfig):
         from xylem.models.mamba_lm import MambaLM
 
         return MambaLM(config)
     from xylem.models.masked_lm import MaskedLM
+    from xylem.models.recurrent import RecurrentLM
     from xylem.models.seq2seq import Seq2Seq
     from xylem.models.transformer import CausalLM
 
     if isinstance(config, Seq2SeqConfig):
         return Seq2Seq(config)
+    if isinstance(config, RecurrentConfig):
+        return RecurrentLM(config)
     return CausalLM(config) if config.attention.mask == "causal" else MaskedLM(config)

@@ -155,13 +155,11 @@ class StateCache(struct.PyTreeNode):
 
         def write(old, new):
             kept = jax.lax.dynamic_index_in_dim(old, layer, 0, keepdims=False)
-            row = jnp.concatenate([new.astype(old.dtype), kept], axis=0)[: old.shape[1]]
+            places = jnp.concatenate([new.astype(old.dtype), kept], axis=0)[: old.shape[1]]
             if padded is not None:
-                lost = padded.reshape(1, -1, *[1] * (row.ndim - 2)) & (jnp.arange(row.shape[0]) > 0).reshape(
-                    -1, *[1] * (row.ndim - 1)
-                )
-                row = jnp.where(lost, jnp.nan, row)
-            return jax.lax.dynamic_update_index_in_dim(old, row, layer, 0)
+                lost = padded[None, :] & (jnp.arange(old.shape[1]) > 0)[:, None]
+                places = jnp.where(_beside(lost, places), jnp.nan, places)
+            return jax.lax.dynamic_update_index_in_dim(old, places, layer, 0)
 
         return self.replace(states=jax.tree.map(write, self.states, trail))
 
@@ -172,15 +170,16 @@ class StateCache(struct.PyTreeNode):
     def rewind(self, lengths: Int[Array, "B"]) -> StateCache:
         """Forget all but the first ``lengths[b]`` tokens of each row.
 
-        A row asked to go back further than ``history`` gets NaN as its state: what was not kept cannot be used unseen.
+        A row asked to go back to 0 is as it was at first. One asked to go back further than ``history`` otherwise gets
+        NaN as its state: what was not kept cannot be used unseen.
         """
         back = jnp.maximum(self.lengths - lengths.astype(jnp.int32), 0)
 
         def move(x):
-            places = jnp.arange(x.shape[1])[:, None] + back[None, :]
-            index = jnp.minimum(places, x.shape[1] - 1)[None].reshape(1, *places.shape, *[1] * (x.ndim - 3))
-            known = (places < x.shape[1]).reshape(1, *places.shape, *[1] * (x.ndim - 3))
-            return jnp.where(known, jnp.take_along_axis(x, index, axis=1), jnp.nan)
+            places = (jnp.arange(x.shape[1])[:, None] + back[None, :])[None]
+            moved = jnp.take_along_axis(x, _beside(jnp.minimum(places, x.shape[1] - 1), x), axis=1)
+            moved = jnp.where(_beside(places < x.shape[1], x), moved, jnp.nan)
+            return jnp.where(_beside((lengths <= 0)[None, None, :], x), 0.0, moved)
 
         return self.replace(states=jax.tree.map(move, self.states), lengths=self.lengths - back)
 
@@ -190,3 +189,8 @@ class StateCache(struct.PyTreeNode):
 
 
 AttentionCache = KVCache | Seq2SeqCache  # what attention layers are given
+
+
+def _beside(rows: Array, x: Array) -> Array:
+    """``rows`` with an axis of size 1 for each further one that ``x`` has."""
+    return rows.reshape(*rows.shape, *[1] * (x.ndim - rows.ndim))

@@ -44,6 +44,13 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**{name: build(name, value) for name, value in values.items()})
 
 
+def check_sizes(config: Any, *names: str) -> None:
+    """Raise ConfigError when a field of these is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(name, getattr(config, name), "it must be at least 1")
+
+
 @dataclass(frozen=True)
 class Compute:
     """How a network is computed, never what it computes.
@@ -212,9 +219,7 @@ class TransformerConfig:
     def __post_init__(self):
         check_choices(self)
         sizes = ("vocab_size", "max_length", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "it must be at least 1")
+        check_sizes(self, *sizes)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError("num_kv_heads", self.num_kv_heads, f"it must divide num_heads = {self.num_heads}")
         if not 0.0 <= self.dropout < 1.0:
@@ -326,6 +331,67 @@ class Seq2SeqConfig:
         )
 
 
+CELL_GATES = {"rnn": 1, "lstm": 4, "gru": 3}
+
+
+@dataclass(frozen=True)
+class RecurrentInitializers:
+    """Standard deviations of the zero-mean normal each kind of weight starts from; biases start at 0.
+
+    ``kernel`` is for what multiplies inputs, the output matrix included, ``recurrent`` for what multiplies states.
+    """
+
+    embedding: float
+    kernel: float
+    recurrent: float
+
+
+@dataclass(frozen=True)
+class RecurrentConfig:
+    """A recurrent language model: layers of one kind of cell, each as wide as the embedding.
+
+    Attributes:
+        max_length: the longest sequence it is trained on or asked to write, in tokens; no weight depends on it.
+        head: ``tied`` reuses the embedding table as output matrix.
+        forget_bias: what the bias of an LSTM's forget gate starts at; None for the other cells.
+        dropout: rate after the embedding and after every layer, never from step to step (1409.2329, section 3.1).
+    """
+
+    family: Literal["recurrent"]
+    cell: Literal["rnn", "lstm", "gru"]
+    vocab_size: int
+    max_length: int
+    num_layers: int
+    d_model: int
+    head: Literal["tied", "untied"]
+    forget_bias: float | None
+    init: RecurrentInitializers
+    dropout: float = 0.0
+    compute: Compute = field(default_factory=Compute)
+
+    def __post_init__(self):
+        check_choices(self)
+        check_sizes(self, "vocab_size", "max_length", "num_layers", "d_model")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError("dropout", self.dropout, "it must lie in [0, 1)")
+        if (self.forget_bias is None) == (self.cell == "lstm"):
+            raise ConfigError("forget_bias", self.forget_bias, "an LSTM needs a number, the other cells have none")
+
+    def train_flops_per_token(self, sequence_length: int) -> float:
+        """Operations of one training step (forward and backward) for one token, whatever the length of its sequence.
+
+            6 x (weights of every matrix product, the output head included, the embedding look-up not)
+
+        One multiply-add is two operations: a weight costs 2 forward and 4 backward.
+        """
+        layer = 2 * CELL_GATES[self.cell] * self.d_model**2
+        return 6.0 * (self.num_layers * layer + self.d_model * self.vocab_size)
+
+    def with_compute(self, compute: Compute) -> RecurrentConfig:
+        """The same network, computed otherwise."""
+        return replace(self, compute=compute)
+
+
 @dataclass(frozen=True)
 class MambaInitializers:
     """How each weight of a Mamba starts. D starts at 1, A at -1, -2, ... -Z in every channel, the other biases at 0.
@@ -383,10 +449,8 @@ class MambaConfig:
 
     def __post_init__(self):
         check_choices(self)
-        sizes = ("vocab_size", "max_length", "num_layers", "d_model", "d_inner", "state_size", "conv_width", "dt_rank")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "it must be at least 1")
+        check_sizes(self, "vocab_size", "max_length", "num_layers", "d_model")
+        check_sizes(self, "d_inner", "state_size", "conv_width", "dt_rank")
         if not self.norm_eps > 0.0:
             raise ConfigError("norm_eps", self.norm_eps, "it must be positive")
 
@@ -410,4 +474,4 @@ class MambaConfig:
         return 6.0 * weights + 3.0 * scan
 
 
-ModelConfig = TransformerConfig | Seq2SeqConfig | MambaConfig  # what ``models.build`` and ``hub`` take
+ModelConfig = TransformerConfig | Seq2SeqConfig | MambaConfig  # what has presets and files of others (``hub``)

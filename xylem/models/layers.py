@@ -41,11 +41,12 @@ def parameter(
     std: float | nn.initializers.Initializer | None,
     shape: tuple[int, ...],
     dtype: str,
-    fill: float = 0.0,
+    fill: Any = 0.0,
 ):
     """The module's parameter ``name``: what the tree holds, or a new one.
 
-    A new one is normal of ``std``, drawn by it where it is a function, or all ``fill`` where it is None.
+    A new one is normal of ``std``, drawn by it where it is a function, or ``fill``, a number or an array, where it is
+    None.
 
     ``Module.param`` alone would refuse a leaf whose parts have other shapes than the weight it stands for.
     """
@@ -107,7 +108,7 @@ class Embed(nn.Module):
     rows: int
     features: int
     std: float
-    config: ModelConfig
+    config: Any
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:

@@ -186,9 +186,9 @@ class MambaLM(LanguageModel):
     ) -> Output:
         """Logits of the next token at every position; ``positions`` are not read: the order of tokens is all there is.
 
-        ``segments`` keep packed documents apart (0 is padding). ``embeddings`` replace the look-up of ``tokens``. With a
-        ``cache`` the tokens continue each of its rows; there ``segments`` say which are real (1) and which are padding
-        on a row's right (0), which the cache forgets. ``train`` changes nothing: there is no dropout.
+        ``segments`` keep packed documents apart (0 is padding). ``embeddings`` replace the look-up of ``tokens``. With
+        a ``cache`` the tokens continue each of its rows; there ``segments`` say which are real (1) and which are
+        padding on a row's right (0), which the cache forgets. ``train`` changes nothing: there is no dropout.
         """
         config, kernels = self.config, fused.choose(self.config.compute, jax.default_backend())
         self.check_call(token_types)

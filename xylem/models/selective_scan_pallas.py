@@ -174,7 +174,7 @@ def _call(body: Any, direction: str, A: Array, *arrays: Array) -> Any:
         inputs = ["A", "before", *tokens, "channels", "state"]
         outputs, scratch = ["state", "state", "channels", "channels", "part", "part"], [(CHUNK, states, block)]
 
-    def run(*args: Array, interpret: bool) -> list[Array]:
+    def run(*args, interpret):
         return pl.pallas_call(
             body,
             grid=(batch, blocks, chunks),

@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xylem.models import fused
+from xylem.models.cache import StateCache
 from xylem.models.language_model import LanguageModel
 from xylem.training.config import ObjectiveConfig
 
@@ -36,14 +37,43 @@ def causal_lm(
 
     ``loss`` also holds label smoothing and z-loss; ``nll`` never does. With ``rng`` dropout is applied.
     """
+    out = _apply(module, params, batch, rng)
+    return _sums(module, config, params, batch, out.hidden)
+
+
+def truncated(
+    module: LanguageModel,
+    config: ObjectiveConfig,
+    params: Any,
+    batch: dict[str, Array],
+    cache: StateCache,
+    rng: PRNGKeyArray | None = None,
+) -> tuple[Sums, StateCache]:
+    """``causal_lm`` of a window that goes on where the last one of each row ended, and the state that it leaves.
+
+    Truncated back-propagation through time of a recurrent model (Williams & Peng 1990, "An Efficient Gradient-Based
+    Algorithm"; h = h' = window): what was read before matters, but no gradient goes there. ``segments`` part the
+    documents within the window. A row whose window opens a new document is rewound by the caller:
+    ``cache.rewind(jnp.where(opens, 0, cache.lengths))``.
+    """
+    out = _apply(module, params, batch, rng, cache=jax.lax.stop_gradient(cache))
+    return _sums(module, config, params, batch, out.hidden), out.cache
+
+
+def _apply(module: LanguageModel, params: Any, batch: dict[str, Array], rng: PRNGKeyArray | None, **more: Any) -> Any:
     rngs = None if rng is None else {"dropout": rng}
-    tokens, segments = batch["tokens"], batch.get("segments")
-    out: Any = module.apply({"params": params}, tokens, segments=segments, train=rng is not None, rngs=rngs)
+    more |= {"segments": batch.get("segments"), "train": rng is not None, "rngs": rngs}
+    return module.apply({"params": params}, batch["tokens"], **more)
+
+
+def _sums(module: LanguageModel, config: ObjectiveConfig, params: Any, batch: dict[str, Array], hidden: Array) -> Sums:
+    """The cross-entropy of final states."""
     kernels = fused.choose(module.config.compute, jax.default_backend())
-    weights = batch["weights"]
-    args = (module.head, module.head_params(params), out.hidden, batch["labels"], weights)
+    labels, weights = batch["labels"], batch["weights"]
+    args = (module.head, module.head_params(params), hidden, labels, weights)
     if kernels.cross_entropy:
-        chunk = kernels.loss_chunk(tokens.shape[0], tokens.shape[1], module.config.vocab_size)
+        batch_size, length = labels.shape
+        chunk = kernels.loss_chunk(batch_size, length, module.config.vocab_size)
         loss, nll = fused.cross_entropy(*args, config.label_smoothing, config.z_loss, chunk)
     else:
         loss, nll = fused.cross_entropy_plain(*args, config.label_smoothing, config.z_loss)
