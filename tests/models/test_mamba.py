@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from operations import apart
-from small import B, T, apply, init, logits, randomise
+from small import B, T, apply, init, logits, randomise, small_mamba
 
 from xylem import models
 from xylem.errors import ConfigError
@@ -29,15 +29,9 @@ from xylem.training.step import train_step
 BAR = 1e-5
 
 
-def small(**values):
-    """Three layers, every size another."""
-    config = mamba(3, 10, vocab_size=31, max_length=40, state_size=5, conv_width=3, dt_rank=4)
-    return dataclasses.replace(config, d_inner=22, norm_eps=1e-4, **values)
-
-
 @pytest.fixture(params=["euler", "zoh"])
 def case(request, rng_seed):
-    config = small(discretization=request.param)
+    config = small_mamba(discretization=request.param)
     module = models.build(config)
     keys = jax.random.split(jax.random.key(rng_seed), 3)
     tokens = jax.random.randint(keys[0], (B, T), 0, config.vocab_size)
@@ -51,7 +45,7 @@ def case(request, rng_seed):
 
 @pytest.fixture
 def plain_case(rng_seed):
-    config = small()
+    config = small_mamba()
     module = models.build(config)
     keys = jax.random.split(jax.random.key(rng_seed), 3)
     tokens = jax.random.randint(keys[0], (B, T), 0, config.vocab_size)
@@ -111,11 +105,11 @@ def test_a_and_d_never_decay_and_muon_leaves_the_convolution(plain_case):
 @pytest.mark.parametrize(("name", "value"), [("d_inner", 0), ("state_size", -1), ("norm_eps", 0.0)])
 def test_config_refuses_by_name(name, value):
     with pytest.raises(ConfigError, match=name):
-        dataclasses.replace(small(), **{name: value})
+        dataclasses.replace(small_mamba(), **{name: value})
 
 
 def test_flops_follow_the_weights_and_the_states():
-    config = small()
+    config = small_mamba()
     shapes = flatten(
         jax.eval_shape(models.build(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     )
