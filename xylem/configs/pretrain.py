@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeVar
 from xylem.data import spans
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
-from xylem.models import PRESETS, bart, bert, rnn, t5, vanilla
-from xylem.models.config import ModelConfig, Seq2SeqConfig, TransformerConfig
+from xylem.models import PRESETS, bart, bert, mamba, rnn, t5, vanilla
+from xylem.models.config import ModelConfig, Seq2SeqConfig
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
 from xylem.training.config import (
@@ -121,7 +121,12 @@ def small_recurrent(cell: Literal["rnn", "lstm", "gru"]) -> RunConfig:
     return small(model, ObjectiveConfig("truncated"), 64, learning_rate=2e-3)
 
 
-def published(model: TransformerConfig | Seq2SeqConfig) -> RunConfig:
+def small_mamba() -> RunConfig:
+    """Selective state spaces."""
+    return small(mamba.mamba(4, 256, 4096, 256), ObjectiveConfig(), 256, learning_rate=2e-3)
+
+
+def published(model: ModelConfig) -> RunConfig:
     """A published model size on the default corpus, by the objective it was published with: what to start from on a
     mesh."""
     length = min(1024, model.max_length)
@@ -160,6 +165,7 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     "transformer": small_transformer,
     "bart": small_bart,
     "t5": small_t5,
+    "mamba": small_mamba,
     **{cell: partial(small_recurrent, cell) for cell in ("rnn", "lstm", "gru")},
     **{name: (lambda preset=preset: published(preset())) for name, preset in PRESETS.items()},
 }

@@ -19,7 +19,7 @@ from xylem.data import spans
 from xylem.data.denoising import Noise
 
 Record = Mapping[str, Any]
-Example = dict[str, np.ndarray]
+Example = dict[str, Any]  # of arrays
 MakeExample = Callable[[Record, np.random.Generator], Example]
 # Ids of one text -> (inputs, labels, weights), as ``masking.mask_tokens`` gives them.
 Hide = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray, np.ndarray]]

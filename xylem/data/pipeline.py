@@ -100,9 +100,9 @@ class Prepared:
         """
         places = zip(epochs or [0] * len(rows), map(int, rows), strict=True)
         draw = [corruption.generator(seed, epoch, row) for epoch, row in places]
-        made = [self.example(*pair) for pair in zip(self._records(source, rows), draw, strict=True)]
+        made = [self.example(record, rng) for record, rng in zip(self._records(source, rows), draw, strict=True)]
         if len(made) < pad_to:
-            shape = made or [self.example(*self._records(source, [0]), corruption.generator(seed, 0, 0))]
+            shape = made or [self.example(self._records(source, [0])[0], corruption.generator(seed, 0, 0))]
             made += [{name: np.zeros_like(x) for name, x in shape[0].items()}] * (pad_to - len(made))
         return {name: np.stack([each[name] for each in made]) for name in made[0]}
 

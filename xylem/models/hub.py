@@ -62,7 +62,8 @@ def load(
     config = config.with_compute(Compute(dtype=name, param_dtype=name))
     place = place or (lambda _, leaf: jax.device_put(leaf))
     template = _present(parameter_shapes(config), rows, sources, optional)
-    return config, read(str(path), rows, sources, template, config.head_dim, place)
+    head_dim = getattr(config, "head_dim", 1)  # only attention has heads, and rows that it interleaves
+    return config, read(str(path), rows, sources, template, head_dim, place)
 
 
 def save(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from xylem.data import spans
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
-from xylem.models.config import ModelConfig, RecurrentConfig, Seq2SeqConfig, check_choices
+from xylem.models.config import MambaConfig, ModelConfig, RecurrentConfig, Seq2SeqConfig, check_choices
 
 if TYPE_CHECKING:
     from xylem.data.tokenizers import Tokenizer
@@ -206,6 +206,8 @@ def objectives_of(model: ModelConfig) -> tuple[Objective, ...]:
         return ("denoising", "span_corruption", "continuation")
     if isinstance(model, RecurrentConfig):
         return ("causal_lm", "truncated")
+    if isinstance(model, MambaConfig):
+        return ("causal_lm",)
     return ("causal_lm",) if model.attention.mask == "causal" else ("masked_lm",)
 
 

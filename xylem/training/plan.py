@@ -79,7 +79,7 @@ def plan(config: RunConfig, topology: str) -> Plan:
     """
     devices = _devices(topology)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    program = assemble(settled(config, kernels="plain", layers="scan"), mesh)
+    program = assemble(settled(config, kernels="plain", layers="scan", scan="kernel"), mesh)
     with jax.set_mesh(mesh):
         lowered = program.step.lower(program.abstract, _abstract_batch(config, mesh))
         try:

@@ -80,10 +80,8 @@ def assemble(config: RunConfig, mesh: Mesh) -> Program:
     )
 
 
-def settled(config: RunConfig, kernels: str, layers: str) -> RunConfig:
+def settled(config: RunConfig, **chosen: str) -> RunConfig:
     """The config with what ``compute`` leaves to measurement settled: for compiling for a backend that is not here."""
     compute = config.model.compute
-    chosen = {"kernels": kernels, "layers": layers}
-    kept = {name: value for name, value in chosen.items() if getattr(compute, name) == "auto"}
-    model = config.model.with_compute(dataclasses.replace(compute, **kept))
-    return dataclasses.replace(config, model=model)
+    kept: dict[str, Any] = {name: value for name, value in chosen.items() if getattr(compute, name) == "auto"}
+    return dataclasses.replace(config, model=config.model.with_compute(dataclasses.replace(compute, **kept)))
