@@ -218,6 +218,8 @@ def worker(side: str, args: argparse.Namespace) -> None:
         return ours.save(workload.config, args.export)
     if kind == "xylem":
         return sides.answer(lambda: our_step(workload, variant))
+    if kind == "probe":
+        return sides.answer(peers.probe)
     return sides.answer(lambda: their_step(kind, variant, workload, args))
 
 
@@ -233,7 +235,8 @@ def main() -> None:
     workload = WORKLOADS[args.config]
     more = ["xylem:masked", "hf:masked"] if workload.targets is None else []
     names = args.sides or ["xylem", "hf", "hf-compile", *more]
-    sides.report(workload, args, sides.measure(names, args))
+    alike = lambda us, peer: us.endswith(":masked") == peer.endswith(":masked")  # noqa: E731
+    sides.report(workload, args, sides.measure(names, args), alike)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def make(kind: str, workload: Workload, weights: str, peer: str | None, threads:
     ``-fused`` takes torch's fused AdamW where nanoGPT, on a CPU, does not; Hugging Face sides always have it.
     """
     if kind == "probe":
-        return _probe()
+        return probe()
     import torch
     from torch.nn import functional
 
@@ -69,7 +69,7 @@ def make(kind: str, workload: Workload, weights: str, peer: str | None, threads:
     return step
 
 
-def _probe() -> Callable[[int], float]:
+def probe() -> Callable[[int], float]:
     """One square float32 product of NumPy's BLAS."""
     import numpy as np
 

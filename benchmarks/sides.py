@@ -141,11 +141,16 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def report(workload: Any, args: argparse.Namespace, rounds: dict[str, list[dict]]) -> None:
+def report(
+    workload: Any,
+    args: argparse.Namespace,
+    rounds: dict[str, list[dict]],
+    alike: Callable[[str, str], bool] = lambda us, peer: True,
+) -> None:
     """Print and write the figures of each side from its counted rounds, and the ratios of ours to the fastest peer.
 
-    ``workload`` is a dataclass with ``tokens`` a step and ``flops`` a token. Exits with 1 where the sides' losses show
-    that they did not compute the same.
+    ``workload`` is a dataclass with ``tokens`` a step and ``flops`` a token; a peer ``alike`` one of ours does the same
+    work. Exits with 1 where the sides' losses show that they did not compute the same.
     """
     steps, probe = args.steps_per_round, rounds.pop("probe")
     peak, low, high = spread([2 * steps * peers.PROBE**3 / r["seconds"] / 1e9 for r in probe[1:]])
@@ -175,8 +180,8 @@ def report(workload: Any, args: argparse.Namespace, rounds: dict[str, list[dict]
         print(row(name, rate, f"{flops:.0f}", f"{flops / peak:.0%}", *last))
     ours = [name for name in figures if name.startswith("xylem")]
     theirs = [name for name in figures if name not in ours]
-    pairs = [(us, theirs) for us in ours] if theirs else [(ours[0], ours[1:])] if len(ours) > 1 else []
-    ratios = [_ratios(us, others, figures, rounds) for us, others in pairs]
+    pairs = [(us, [peer for peer in theirs if alike(us, peer)]) for us in ours] if theirs else [(ours[0], ours[1:])]
+    ratios = [_ratios(us, others, figures, rounds) for us, others in pairs if others]
     result = {"config": args.config, "workload": asdict(workload), "flops_per_token": workload.flops, "probe": peak}
     result |= {"sides": figures, "rounds": rounds, "ratios": ratios, **_losses(figures)}
     if args.out:
