@@ -1,39 +1,22 @@
 """The scripts as a user meets them: help, a small run, and every mistake as one message with its exit code."""
 
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from programs import SCRIPTS, run, script
 
 from xylem.errors import BusyError, CheckpointError, ConfigError, Failure
 from xylem.training.run_folder import open_run
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 TINY = (
     *("--model.num-layers", "2", "--model.d-model", "16", "--model.num-heads", "2", "--model.num-kv-heads", "1"),
     *("--model.head-dim", "8", "--model.d-ff", "24", "--model.vocab-size", "257", "--model.max-length", "96"),
     *("--model.compute.layers", "scan", "--data.tokenizer", "bytes", "--data.sequence-length", "16"),
     *("--batch-size", "8", "--steps", "3", "--log-every", "1"),
 )
-
-
-def script(file):
-    name = f"script_{file}"
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{file}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def run(name, *arguments, **environment):
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +33,7 @@ def flags(corpus, tmp_path):
     return (*TINY, *where, "--run-dir", str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name", ["pretrain", "generate", "plan", "evaluate"])
+@pytest.mark.parametrize("name", ["pretrain", "generate", "plan", "evaluate", "scaling", "gradient_flow"])
 def test_help_comes_without_loading_jax(name):
     path = SCRIPTS / f"{name}.py"
     code = f"""

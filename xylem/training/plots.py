@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""Pictures: the loss curve of a run, the scaling law of many, how far gradients reach."""
 
 import io
 import itertools
@@ -27,9 +27,6 @@ def loss_curve(
     in bits per byte, as {"xz": 2.5}; the panel is left out where there is nothing to show in it. The picture replaces
     `png_path` whole. A file without a row draws empty axes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = [json.loads(line) for line in Path(metrics_path).read_text().splitlines() if line.strip()]
     key = "tokens" if rows and all(row.get("tokens") is not None for row in rows) else "step"
     scale, unit = _unit(max((row[key] for row in rows), default=0), "tokens" if key == "tokens" else "steps")
@@ -37,21 +34,48 @@ def loss_curve(
     valid = _series(rows, key, "validation_loss", scale)
     bits = _series(rows, key, "validation_bits_per_byte", scale)
 
-    panels = 2 if bits[0] else 1
-    figure = Figure(figsize=(5.2 * panels + 0.8, 4.2), dpi=150, layout="constrained", facecolor="white")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure, axes = _figure(2 if bits[0] else 1)
     for axis in axes:
         _style(axis, f"trained on ({unit})" if key == "tokens" else unit)
         axis.set_xlim(0, max((row[key] for row in rows), default=1) / scale)
     _draw_loss(axes[0], train, valid)
     if bits[0]:
         _draw_bits(axes[1], bits, references or {})
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12, fontweight="bold")
+    _save(figure, png_path, title)
 
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(picture, format="png")
-    write_whole(png_path, picture.getvalue())
+
+def scaling_curves(found: Mapping[str, Any], png_path: str | Path) -> None:
+    """Draw what ``scripts/scaling.py`` found (its ``scaling.json``) as a PNG that replaces `png_path` whole.
+
+    On the left the loss against size at each budget, with the parabola through its runs and that one's minimum; in the
+    middle the runs of each size against tokens, with the fitted law; on the right the compute-optimal size against
+    the budget, by the law and by the parabolas, and at the budget asked for with its interval.
+    """
+    figure, axes = _figure(3)
+    _draw_isoflop(axes[0], found)
+    _draw_law(axes[1], found)
+    _draw_optimum(axes[2], found)
+    _save(figure, png_path)
+
+
+def gradient_curves(found: Mapping[str, Any], png_path: str | Path) -> None:
+    """Draw what ``scripts/gradient_flow.py`` found as a PNG that replaces `png_path` whole: one panel a stage.
+
+    ``found["flow"]`` is {stage: {cell: powers of ten of what is left of a gradient, k steps back}}, with ``low`` and
+    ``high`` beside the ``mean`` of each.
+    """
+    stages = found["flow"]
+    figure, axes = _figure(len(stages), sharey=True)
+    for axis, (stage, cells) in zip(axes, stages.items(), strict=True):
+        _style(axis, "steps back in time")
+        _heading(axis, f"gradient that arrives, over the one sent: {stage}")
+        for colour, (cell, curve) in zip(_colours(len(cells)), cells.items(), strict=True):
+            steps = range(len(curve["mean"]))
+            axis.fill_between(steps, curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
+            axis.plot(steps, curve["mean"], color=colour, linewidth=1.8, label=cell)
+        axis.yaxis.set_major_formatter(lambda power, _: f"$10^{{{power:g}}}$")
+        axis.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left")
+    _save(figure, png_path)
 
 
 def smooth(values: Sequence[float | int], reach: int) -> list[float]:
@@ -74,6 +98,30 @@ def apart(heights: Sequence[float | int], gap: float) -> list[float | int]:
     for below, above in itertools.pairwise(order):
         placed[above] = max(placed[above], placed[below] + gap)
     return placed
+
+
+def _figure(panels: int, sharey: bool = False) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * panels + 0.8, 4.2), dpi=150, layout="constrained", facecolor="white")
+    return figure, figure.subplots(1, panels, squeeze=False, sharey=sharey)[0]
+
+
+def _save(figure: Any, png_path: str | Path, title: str = "") -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12, fontweight="bold")
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(picture, format="png")
+    write_whole(png_path, picture.getvalue())
+
+
+def _colours(count: int) -> list[Any]:
+    """Colours of an ordered family of curves, dark to light."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.85 * i / max(1, count - 1)) for i in range(count)]
 
 
 def _series(rows: Sequence[Mapping[str, Any]], x: str, y: str, scale: float | int) -> tuple[list[float], list[float]]:
@@ -139,3 +187,65 @@ def _draw_bits(axis: Any, bits: tuple[list, list], references: Mapping[str, floa
             textcoords="offset points", va="center", fontsize=9, color=VALID if name == "model" else INK,
             fontweight="bold" if name == "model" else "normal", annotation_clip=False,
         )  # fmt: skip
+
+
+def _between(low: float, high: float, count: int = 100) -> list[float]:
+    """Numbers from ``low`` to ``high`` in equal ratios."""
+    return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
+
+
+def _by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[float, list[Mapping[str, Any]]]:
+    """Rows by the value of ``key``, in its order."""
+    values = sorted({row[key] for row in rows})
+    return {value: [row for row in rows if row[key] == value] for value in values}
+
+
+def _draw_isoflop(axis: Any, found: Mapping[str, Any]) -> None:
+    _style(axis, "parameters")
+    _heading(axis, "validation loss (nats per token) at a budget")
+    parabolas = {row["flops"]: row["parabola"] for row in found["isoflop"]}
+    groups = _by(found["runs"], "flops")
+    for colour, (flops, rows) in zip(_colours(len(groups)), groups.items(), strict=True):
+        rows = sorted(rows, key=lambda row: row["N"])
+        label = f"{flops:.2g} FLOPs"
+        axis.plot([row["N"] for row in rows], [row["loss"] for row in rows], "o", color=colour, label=label)
+        if (at := parabolas[flops]) is not None:
+            sizes = _between(rows[0]["N"], rows[-1]["N"])
+            heights = [at["bottom"] + at["curvature"] * math.log(n / at["N"]) ** 2 for n in sizes]
+            axis.plot(sizes, heights, color=colour, linewidth=1.2)
+            axis.plot(at["N"], at["bottom"], "v", color=VALID, markersize=8, zorder=3)
+    axis.set_xscale("log")
+    axis.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+
+def _draw_law(axis: Any, found: Mapping[str, Any]) -> None:
+    _style(axis, "tokens trained on")
+    law = found["law"]
+    _heading(axis, "loss = {E:.2f} + {A:.3g} / N^{alpha:.3f} + {B:.3g} / D^{beta:.3f}".format(**law))
+    groups, tokens = _by(found["runs"], "N"), [row["D"] for row in found["runs"]]
+    for colour, (n, rows) in zip(_colours(len(groups)), groups.items(), strict=True):
+        line = _between(min(tokens), max(tokens))
+        heights = [law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"] for d in line]
+        axis.plot(line, heights, color=colour, linewidth=1.0)
+        axis.plot([row["D"] for row in rows], [row["loss"] for row in rows], "o", color=colour, label=f"{n:,}")
+    axis.set_xscale("log")
+    axis.legend(frameon=False, fontsize=9, labelcolor=INK, title="parameters")
+
+
+def _draw_optimum(axis: Any, found: Mapping[str, Any]) -> None:
+    _style(axis, "budget (FLOPs)")
+    _heading(axis, "compute-optimal parameters")
+    law, budget, best = found["law"], found["budget"], found["optimum"]
+    power = law["beta"] / (law["alpha"] + law["beta"])
+    budgets = _between(min([budget, *(row["flops"] for row in found["isoflop"])]) / 2, 2 * budget)
+    axis.plot(budgets, [best["N"] * (c / budget) ** power for c in budgets], color=TRAIN, label="law")
+    minima = [(row["flops"], row["parabola"]["N"]) for row in found["isoflop"] if row["parabola"]]
+    axis.plot([c for c, _ in minima], [n for _, n in minima], "v", color=VALID, markersize=8, label="parabolas")
+    low, high = found["optimum_intervals"]["N"]
+    axis.plot(
+        [budget, budget], [low, high], color=TRAIN, linewidth=3, alpha=0.4, label=f"{found['draws']['level']:.0%}"
+    )
+    axis.plot(budget, best["N"], "o", color=TRAIN)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.legend(frameon=False, fontsize=9, labelcolor=INK)
