@@ -152,7 +152,8 @@ def flow(module: RecurrentLM, params: Any, data: Prepared, texts: int) -> dict[s
     from xylem.peft import tree
 
     batch, last = next(eval_batches(data, "validation", texts)), module.config.num_layers - 1
-    taps = module.clone(taps=("embed", "block_out")).apply({"params": params}, batch["tokens"]).taps
+    out: Any = module.clone(taps=("embed", "block_out")).apply({"params": params}, batch["tokens"])
+    taps = out.taps
     inputs = taps["block_out"][last - 1] if last else taps["embed"]
     weights = tree.layer(params, last)["cell"]
     powers = np.asarray(jax.jit(partial(gradient_flow, module.config.cell))(weights, inputs))

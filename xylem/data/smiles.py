@@ -1,4 +1,4 @@
-"""Molecules and reactions as text (SMILES), cut into atoms, bonds, branches and ring numbers (1711.04810, section 2)."""
+"""Molecules and reactions as text (SMILES), cut into atoms, bonds, branches and ring numbers (1711.04810)."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def load(vocabulary: str | Path) -> Tokenizer:
-    """The tokenizer of a ``vocab.txt``, one piece a line, as chemical BERTs have it; a piece that is not in it is [UNK].
+    """The tokenizer of a ``vocab.txt``, one piece a line, as chemical BERTs have it; others are [UNK].
 
     Raises:
         ConfigError: there is no such file, it lists a piece twice, or it lacks a special token.

@@ -64,7 +64,7 @@ class Tensor:
     strides: tuple[int, ...]
 
     def blocks(self, size: int) -> Iterator[np.ndarray]:
-        """Consecutive rows of the first axis, about ``size`` bytes at once; a vector, or what is not contiguous, whole."""
+        """Consecutive rows of the first axis, about ``size`` bytes at once; vectors, and what is strided, whole."""
         dtype = np.dtype(TYPES[self.dtype])
         rows = self.shape[0] if self.shape else 1
         width = math.prod(self.shape[1:]) * dtype.itemsize
@@ -152,6 +152,7 @@ class _Programs:
             del stack[start:]
             return items
 
+        argument: Any
         for opcode, argument, position in pickletools.genops(self.stream):
             self.place = f"byte {position}, opcode {opcode.name}"
             match opcode.name:
