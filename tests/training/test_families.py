@@ -14,7 +14,7 @@ from xylem.configs.pretrain import RUNS
 from xylem.data import pipeline
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
-from xylem.models import bart, bert, rnn, t5, vanilla
+from xylem.models import bart, bert, mamba, rnn, t5, vanilla
 from xylem.models.config import Compute, from_dict
 from xylem.sharding import make_mesh
 from xylem.training.checkpoint import load_params
@@ -41,6 +41,7 @@ FAMILIES = {
     "transformer": (vanilla.vanilla(2, 12, 3, VOCAB, 32), ObjectiveConfig("continuation", label_smoothing=0.1)),
     "bart": (bart.bart(2, 12, 3, VOCAB, 32), DenoisingConfig()),
     "t5": (t5.t5(2, 12, 3, 4, 20, "1.1", VOCAB, 32), SpanConfig(sentinels=9)),
+    "mamba": (mamba.mamba(2, 12, VOCAB, 32, state_size=5), ObjectiveConfig()),
     "rnn": (rnn.rnn(2, 12, VOCAB, 32), ObjectiveConfig("truncated")),
     "lstm": (rnn.lstm(2, 12, VOCAB, 32), ObjectiveConfig("truncated")),
     "gru": (rnn.gru(2, 12, VOCAB, 32), ObjectiveConfig()),
