@@ -66,7 +66,7 @@ def small(model: ModelConfig, objective: ObjectiveConfig, sequence_length: int =
         data=DataConfig(corpus="wikitext2", tokenizer="bpe:4096", sequence_length=sequence_length),
         optimizer=OptimizerConfig(**rate),
         objective=objective,
-        steps=600,
+        steps=300,
         batch_size=32,
         sample_prompt="The history of",
     )
