@@ -30,7 +30,7 @@ def make(kind: str, workload: Workload, weights: str, peer: str | None, threads:
     ``-fused`` takes torch's fused AdamW where nanoGPT, on a CPU, does not; Hugging Face sides always have it.
     """
     if kind == "probe":
-        return _probe()
+        return probe()
     import torch
     from torch.nn import functional
 
@@ -48,7 +48,7 @@ def make(kind: str, workload: Workload, weights: str, peer: str | None, threads:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        optimizer = _adamw(model, fused=True)
+        optimizer = adamw(model, fused=True)
         run = torch.compile(model) if kind == "hf-compile" else model
         logits_of = lambda tokens: run(input_ids=tokens, use_cache=False).logits  # noqa: E731
 
@@ -69,7 +69,7 @@ def make(kind: str, workload: Workload, weights: str, peer: str | None, threads:
     return step
 
 
-def _probe() -> Callable[[int], float]:
+def probe() -> Callable[[int], float]:
     """One square float32 product of NumPy's BLAS."""
     import numpy as np
 
@@ -81,7 +81,7 @@ def _probe() -> Callable[[int], float]:
     return step
 
 
-def _adamw(model: Any, fused: bool) -> Any:
+def adamw(model: Any, fused: bool) -> Any:
     """Weight decay on matrices alone, as ours and nanoGPT's."""
     import torch
 
@@ -122,7 +122,7 @@ def _nanogpt(workload: Workload, weights: str, peer: str, fused: bool) -> tuple[
     with torch.no_grad():
         assert math.isfinite(model(torch.zeros(1, 2, dtype=torch.long))[0].sum().item())
     if fused:
-        return model, _adamw(model, fused=True)
+        return model, adamw(model, fused=True)
     optimizer = model.configure_optimizers(
         ADAMW["weight_decay"], ADAMW["learning_rate"], (ADAMW["beta1"], ADAMW["beta2"]), "cpu"
     )

@@ -161,8 +161,8 @@ def flow(module: RecurrentLM, params: Any, data: Prepared, texts: int) -> dict[s
 
     batch, last = next(eval_batches(data, "validation", texts)), module.config.num_layers - 1
     tokens = jnp.asarray(batch["tokens"])
-    taps = module.clone(taps=("embed", "block_out")).apply({"params": params}, tokens).taps
-    inputs = taps["block_out"][last - 1] if last else taps["embed"]
+    out: Any = module.clone(taps=("embed", "block_out")).apply({"params": params}, tokens)
+    inputs = out.taps["block_out"][last - 1] if last else out.taps["embed"]
     weights = tree.layer(params, last)["cell"]
     powers = np.asarray(jax.jit(partial(gradient_flow, module.config.cell))(weights, inputs))
     return {name: getattr(powers, of)(0).tolist() for name, of in {"mean": "mean", "low": "min", "high": "max"}.items()}

@@ -111,19 +111,16 @@ def findings(rows: list[dict[str, Any]], budget: float, parsed: Arguments) -> di
 
     from xylem.training import scaling
 
-    def columns(rows: list[dict[str, Any]]) -> list[np.ndarray]:
-        return [np.array([row[name] for row in rows], np.float64) for name in ("N", "D", "loss")]
-
-    runs = columns(rows)
-    law = scaling.fit(*runs)
-    laws = scaling.bootstrap(*runs, law, parsed.samples, parsed.run.seed)
+    N, D, loss = (np.array([row[name] for row in rows], np.float64) for name in ("N", "D", "loss"))
+    law = scaling.fit(N, D, loss)
+    laws = scaling.bootstrap(N, D, loss, law, parsed.samples, parsed.run.seed)
     within = lambda values: scaling.interval(list(values), parsed.level)  # noqa: E731
     falling = [each for each in laws if each.alpha > 0 and each.beta > 0]  # the others have no optimum
     best, others = scaling.optimal(law, budget), [scaling.optimal(each, budget) for each in falling]
     valleys = []
     for flops in sorted({row["flops"] for row in rows}):
-        N, _, loss = columns([row for row in rows if row["flops"] == flops])
-        valley = scaling.parabola(N, loss)
+        same = np.array([row["flops"] == flops for row in rows])
+        valley = scaling.parabola(N[same], loss[same])
         valleys.append({"flops": flops, "parabola": valley and valley._asdict()})
     return {
         "runs": [row | {"law": float(law(row["N"], row["D"]))} for row in rows],

@@ -287,3 +287,29 @@ def random_seq2seq(rng: np.random.Generator, family: str, **values: Any) -> Any:
         drawn = torch.from_numpy(rng.standard_normal(model.lm_head.weight.shape).astype(np.float32))
         model.lm_head.weight = torch.nn.Parameter(drawn / math.sqrt(model.config.d_model))
     return model
+
+
+def random_mamba(rng: np.random.Generator, tied: bool, **values: Any) -> Any:
+    """A MambaForCausalLM of odd sizes, no default left, every parameter random, whose steps let it hear its past."""
+    import torch
+    from transformers import MambaConfig, MambaForCausalLM
+
+    settings = {
+        "vocab_size": int(rng.integers(30, 50)) * 2 + 1,
+        "hidden_size": 2 * int(rng.integers(6, 12)) + 1,
+        "expand": int(rng.integers(1, 4)),
+        "state_size": int(rng.integers(3, 8)),
+        "conv_kernel": int(rng.integers(2, 6)),
+        "time_step_rank": int(rng.integers(2, 6)),
+        "num_hidden_layers": int(rng.integers(2, 4)),
+        "layer_norm_epsilon": float(10 ** rng.uniform(-6, -2)),
+        "tie_word_embeddings": tied,
+        **values,
+    }
+    model = _randomised(MambaForCausalLM, MambaConfig(**settings), rng)
+    with torch.no_grad():
+        for layer in model.backbone.layers:
+            for parameter in (layer.mixer.A_log, layer.mixer.conv1d.weight):
+                drawn = 0.6 * rng.standard_normal(parameter.shape)
+                parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))
+    return model

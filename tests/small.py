@@ -1,13 +1,14 @@
-"""The two families in a size that compiles at once, with every dimension another."""
+"""Three families in a size that compiles at once, with every dimension another."""
 
 import dataclasses
 from functools import partial
 
 import jax
 
-from xylem.models.config import RopeScaling, TransformerConfig
+from xylem.models.config import MambaConfig, RopeScaling, TransformerConfig
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
+from xylem.models.mamba import mamba
 
 B, T = 3, 13
 
@@ -17,6 +18,11 @@ def small(family: str) -> TransformerConfig:
         return gpt(num_layers=3, d_model=20, num_heads=5, vocab_size=31, max_length=17)
     config = llama(3, 24, 6, 3, d_ff=29, vocab_size=31, max_length=17, rope_theta=777.0, norm_eps=1e-4)
     return with_positions(config, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 8))
+
+
+def small_mamba(**values) -> MambaConfig:
+    config = mamba(3, 10, vocab_size=31, max_length=40, state_size=5, conv_width=3, dt_rank=4)
+    return dataclasses.replace(config, **{"d_inner": 22, "norm_eps": 1e-4, **values})
 
 
 def with_positions(config: TransformerConfig, **values) -> TransformerConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,8 +44,15 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (_LAYERS + r"mlp/(gate|up|up_gate)/bias", P("tensor")),
     (_LAYERS + r"mlp/down/kernel", P("tensor", "fsdp")),
     (_LAYERS + r"((cross_)?attention/output|mlp/down)/bias", P()),
-    (_LAYERS + r"((cross_)?attention|mlp)_norm/(scale|bias)", P()),
-    (_LAYERS + r"((cross_)?attention|mlp)_adapter/(down|up)/(kernel|bias)", P()),
+    (_LAYERS + r"mixer/(input|gate|input_gate)/kernel", P("fsdp", "tensor")),
+    (_LAYERS + r"mixer/(low|B|C)/kernel", P(("tensor", "fsdp"), None)),
+    (_LAYERS + r"mixer/delta/kernel", P(None, ("tensor", "fsdp"))),
+    (_LAYERS + r"mixer/conv/kernel", P(None, "tensor")),
+    (_LAYERS + r"mixer/((conv|delta)/bias|D)", P("tensor")),
+    (_LAYERS + r"mixer/A_log", P("tensor", None)),
+    (_LAYERS + r"mixer/output/kernel", P("tensor", "fsdp")),
+    (_LAYERS + r"((cross_)?attention|mlp|mixer)_norm/(scale|bias)", P()),
+    (_LAYERS + r"((cross_)?attention|mlp|mixer)_adapter/(down|up)/(kernel|bias)", P()),
     (_LAYERS + r"cell/(input|recurrent)/kernel", P("fsdp", "tensor")),
     (_LAYERS + r"cell/(input|recurrent)/bias", P("tensor")),
     (r"(encoder|decoder)/relative_bias/embedding", P(None, "tensor")),
@@ -147,11 +154,13 @@ def shardings(params: Any, mesh: Mesh) -> Any:
     def place(path, weight, spec):
         name, axes = path_name(path), list(spec)
         for axis, (size, names) in enumerate(zip(weight.shape, spec, strict=False)):
-            if names is None or size % mesh.shape[names] == 0:
+            names = (names,) if isinstance(names, str) else names or ()
+            parts = math.prod(mesh.shape[each] for each in names)
+            if size % parts == 0:
                 continue
             if VOCABULARY.get(name) != axis:
                 allowed = f"it must divide axis {axis} of {name}, of size {size}"
-                raise ConfigError(f"mesh.{names}", mesh.shape[names], allowed)
+                raise ConfigError(" x ".join(f"mesh.{each}" for each in names), parts, allowed)
             axes[axis] = None
         return NamedSharding(mesh, P(*axes))
 
@@ -171,9 +180,39 @@ def constrain(x: Array, *axes: str | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    named = [BATCH if axis == "batch" else () if axis is None else (axis,) for axis in axes]
-    spec = [
-        names if size % math.prod(mesh.shape[name] for name in names) == 0 else None
-        for size, names in zip(x.shape, named, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return jax.lax.with_sharding_constraint(x, _spec(axes, _undivided(mesh, x.shape, axes)))
+
+
+def by_parts(
+    function: Callable[..., Any], inputs: Sequence[tuple[str | None, ...]], outputs: Sequence[tuple[str | None, ...]]
+) -> Callable[..., Any]:
+    """``function`` called on every device with its parts of the arguments, none of which needs another's.
+
+    For what the compiler cannot cut by itself: loops over rows, kernels. ``inputs`` and ``outputs`` name the axes of
+    each argument and of each result as ``constrain`` does; an axis that the mesh does not divide in every argument
+    stays whole. Gradients of what devices share are summed over them. No mesh, no effect.
+    """
+
+    def call(*args: Array) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(*args)
+        whole = {axis for arg, axes in zip(args, inputs, strict=True) for axis in _undivided(mesh, arg.shape, axes)}
+        specs = [tuple(_spec(axes, whole) for axes in each) for each in (inputs, outputs)]
+        return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)(*args)
+
+    return call
+
+
+def _names(axis: str) -> tuple[str, ...]:
+    return BATCH if axis == "batch" else (axis,)
+
+
+def _undivided(mesh: Any, shape: Sequence[int], axes: Sequence[str | None]) -> set[str]:
+    """Those of ``axes`` whose mesh axes do not divide their size."""
+    pairs = [(size, axis) for size, axis in zip(shape, axes, strict=True) if axis is not None]
+    return {axis for size, axis in pairs if size % math.prod(mesh.shape[name] for name in _names(axis))}
+
+
+def _spec(axes: Sequence[str | None], whole: set[str]) -> PartitionSpec:
+    return P(*(None if axis is None or axis in whole else _names(axis) for axis in axes))

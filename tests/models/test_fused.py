@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from operations import BAR, apart, cross_entropy_case, head, normal, with_gradients
 
-from xylem.models import fused
+from xylem.models import fused, fused_attention
 from xylem.models.attention import attend
 from xylem.models.config import Compute, RopeScaling
 from xylem.models.masks import Mask
@@ -36,9 +36,14 @@ def cases(rng: np.random.Generator) -> dict:
         ),
         "rms_norm": (lambda *a: fused.rms_norm(*a, 1e-3), lambda *a: fused.rms_norm_plain(*a, 1e-3), (x, row())),
         "attention": (
-            lambda *a: fused.attention(*a, Mask(), a[0].shape[-1] ** -0.5, 4),
+            lambda *a: fused_attention.attention(*a, Mask(), a[0].shape[-1] ** -0.5, 4),
             lambda *a: attend(*a, Mask()),
             (query, key, value),
+        ),
+        "biased attention": (
+            lambda *a: fused_attention.attention(*a[:3], Mask(), 0.4, 4, a[3][:1]),
+            lambda *a: attend(*a[:3], Mask(), scale=0.4, bias=a[3][:1]),
+            (query, key, value, normal(rng, 2, 6, 13, 13)),
         ),
         "cross_entropy": (
             loss(fused.cross_entropy, 4),
@@ -97,7 +102,9 @@ def test_fused_bfloat16_stays_near_float32(name, rng_seed):
     assert apart((out, gradients), reference) <= 0.05
 
 
-@pytest.mark.parametrize("name", ["matmul", "layer_norm", "rms_norm", "gelu", "swiglu", "attention"])
+@pytest.mark.parametrize(
+    "name", ["matmul", "layer_norm", "rms_norm", "gelu", "swiglu", "attention", "biased attention"]
+)
 def test_fused_sharded_equals_unsharded(name, rng_seed):
     rng = np.random.default_rng(rng_seed)
     ours, _, args = cases(rng)[name]
@@ -165,15 +172,27 @@ def test_fused_attention_obeys_every_mask(name, chunk, rng_seed):
     # The arrays of a mask are traced, as in a model; a window that is a number stays one and skips blocks.
     static = isinstance(mask.window, int)
     compiled = lambda f: jax.jit(partial(run, f, mask)) if static else partial(jax.jit(partial(run, f)), mask)  # noqa: E731
-    ours = compiled(lambda *a: fused.attention(*a, 5**-0.5, chunk))(*args)
+    ours = compiled(lambda *a: fused_attention.attention(*a, 5**-0.5, chunk))(*args)
     assert apart(ours, compiled(attend)(*args)) <= BAR
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_fused_attention_adds_a_bias_to_the_scores(rows, rng_seed):
+    rng = np.random.default_rng(rng_seed)
+    args = normal(rng, 2, 5, 6, 3), normal(rng, 2, 11, 3, 3), normal(rng, 2, 11, 3, 3), normal(rng, rows, 6, 5, 11)
+    segments = jnp.asarray([[1] * 3 + [2] * 2, [1] * 4 + [0]]), jnp.asarray([[1] * 4 + [2] * 7, [1] * 11])
+    packed = Mask(causal=False, query_segments=segments[0], key_segments=segments[1])
+    for mask in (Mask(causal=False), Mask(window=2), packed):
+        ours = jax.jit(lambda q, k, v, b, mask=mask: fused_attention.attention(q, k, v, mask, 0.7, 2, b))
+        plain = jax.jit(lambda q, k, v, b, mask=mask: attend(q, k, v, mask, scale=0.7, bias=b))
+        assert apart(with_gradients(ours, args, rng_seed), with_gradients(plain, args, rng_seed)) <= BAR
 
 
 def test_fused_attention_takes_more_keys_than_queries(rng_seed):
     rng = np.random.default_rng(rng_seed)
     args = normal(rng, 2, 5, 6, 3), normal(rng, 2, 11, 3, 3), normal(rng, 2, 11, 3, 3)
     for mask in (Mask(causal=False), Mask(), Mask(offset=jnp.asarray([6, 2], jnp.int32))):
-        ours = jax.jit(lambda *a, mask=mask: fused.attention(*a, mask, 3**-0.5, 2))
+        ours = jax.jit(lambda *a, mask=mask: fused_attention.attention(*a, mask, 3**-0.5, 2))
         plain = jax.jit(lambda *a, mask=mask: attend(*a, mask))
         assert apart(with_gradients(ours, args, rng_seed), with_gradients(plain, args, rng_seed)) <= BAR
 
@@ -182,7 +201,7 @@ def test_fused_attention_of_padding_is_zero(rng_seed):
     rng = np.random.default_rng(rng_seed)
     mask = masks(rng)["segments"]
     args = normal(rng, 2, 13, 6, 5), normal(rng, 2, 13, 2, 5), normal(rng, 2, 13, 2, 5)
-    run = jax.jit(lambda *a: with_gradients(lambda *b: fused.attention(*b, mask, 0.4, 4), a, rng_seed))
+    run = jax.jit(lambda *a: with_gradients(lambda *b: fused_attention.attention(*b, mask, 0.4, 4), a, rng_seed))
     out, gradients = run(*args)
     padding = np.asarray(mask.query_segments) == 0
     for array in (out, *gradients):
@@ -194,7 +213,7 @@ def test_fused_attention_skips_hidden_blocks():
     shape = jax.ShapeDtypeStruct((1, 12, 2, 4), jnp.float32)
 
     def flops(mask, chunk):
-        run = jax.jit(lambda *a: fused.attention(*a, mask, 0.5, chunk)).lower(shape, shape, shape)
+        run = jax.jit(lambda *a: fused_attention.attention(*a, mask, 0.5, chunk)).lower(shape, shape, shape)
         return sum(a * b for (a, b) in _score_sizes(run.as_text()))
 
     whole = flops(Mask(causal=False), 3)
@@ -216,7 +235,7 @@ def _score_sizes(text: str) -> list[tuple[int, int]]:
 )
 def test_fused_attention_cuts_the_batch_where_blocks_are_few(batch, blocks, parts):
     shape = jax.ShapeDtypeStruct((batch, 12, 2, 4), jnp.float32)
-    run = lambda *a: fused.attention(*a, Mask(), 0.5, -(-12 // blocks))  # noqa: E731
+    run = lambda *a: fused_attention.attention(*a, Mask(), 0.5, -(-12 // blocks))  # noqa: E731
 
     def calls() -> list[int]:
         """Rows of each call of the hand-written derivative."""
@@ -230,7 +249,7 @@ def test_fused_attention_cuts_the_batch_where_blocks_are_few(batch, blocks, part
 
 def test_fused_attention_of_a_long_text_has_a_bounded_number_of_blocks():
     shape = jax.ShapeDtypeStruct((1, 50, 2, 4), jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda *a: fused.attention(*a, Mask(), 0.5, 2))(shape, shape, shape)
+    jaxpr = jax.make_jaxpr(lambda *a: fused_attention.attention(*a, Mask(), 0.5, 2))(shape, shape, shape)
     assert str(jaxpr).count("dot_general") == 2 * 13, "chunks of 4, the least that give at most 16 blocks"
 
 
@@ -241,7 +260,7 @@ def test_fused_attention_needs_less_than_half_the_memory_of_the_square():
         return jax.jit(slope).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
     # Not linear in the length: XLA:CPU schedules the chunks, which do not depend on each other, side by side.
-    ours = lambda *a: fused.attention(*a, Mask(), 0.5, 64)  # noqa: E731
+    ours = lambda *a: fused_attention.attention(*a, Mask(), 0.5, 64)  # noqa: E731
     assert temporary(ours) < 0.5 * temporary(lambda *a: attend(*a, Mask()))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from operations import BAR, apart, normal, product, with_gradients
 
-from xylem.models import fused
+from xylem.models import fused, fused_attention
 from xylem.models.masks import Mask
 
 
@@ -126,15 +126,15 @@ def test_fused_attention_equals_torch(kind, rng_seed, proof):
 
     def faulty(query, key, value):
         if fault is not None:
-            return fused.attention(query, key, value, fault, 0.37, chunk)
+            return fused_attention.attention(query, key, value, fault, 0.37, chunk)
         turned = jnp.arange(kv_heads * group).reshape(kv_heads, group).T.reshape(-1)
-        return fused.attention(query[:, :, turned], key, value, mask, 0.37, chunk)
+        return fused_attention.attention(query[:, :, turned], key, value, mask, 0.37, chunk)
 
     hold(
         proof,
         f"fused attention ({kind}, grouped heads), forward and gradients",
         "torch.nn.functional.scaled_dot_product_attention",
-        lambda *a: fused.attention(*a, mask, 0.37, chunk),
+        lambda *a: fused_attention.attention(*a, mask, 0.37, chunk),
         faulty,
         reference,
         (query, key, value),

@@ -38,7 +38,9 @@ def test_hub_load_refuses_what_is_not_a_checkpoint(tmp_path):
 def test_hub_load_refuses_pickled_weights_with_a_hint(tmp_path):
     folder = saved(tmp_path / "hf")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin is a pickle")
+    refused(folder, "pytorch_model.bin.* a pickle can run code: save it as safetensors first")
+    (folder / "pytorch_model.bin").rename(folder / "model.pt")
+    refused(folder, "model.pt is a pickle")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,11 @@ BAR = 1e-5
         ("llama3_2_3b", 3_212_749_824),
         ("smollm2", 134_515_008),
         ("gpt1", 116_534_784),
+        ("mamba_130m", 129_135_360),
+        ("mamba_370m", 371_516_416),
+        ("mamba_790m", 793_204_224),
+        ("mamba_1_4b", 1_372_178_432),
+        ("mamba_2_8b", 2_768_345_600),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(preset, count):

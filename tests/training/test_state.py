@@ -35,16 +35,17 @@ def flat(whole) -> dict:
 
 
 def with_adapters(params: dict) -> dict:
-    """The abstract tree with both optional slots in every layer, on both sides where there are two."""
+    """The abstract tree with every optional slot of every layer, on both sides where there are two."""
     if "layers" not in params:
         return {**params, **{side: with_adapters(params[side]) for side in ("encoder", "decoder")}}
-    layers, width = params["layers"]["attention_norm"]["scale"].shape
+    parts = [part for part in ("attention", "mlp", "mixer") if f"{part}_norm" in params["layers"]]
+    layers, width = params["layers"][f"{parts[0]}_norm"]["scale"].shape
     array = lambda *shape: jax.ShapeDtypeStruct((layers, *shape), jnp.float32)  # noqa: E731
     slot = {
         "down": {"kernel": array(width, 8), "bias": array(8)},
         "up": {"kernel": array(8, width), "bias": array(width)},
     }
-    return {**params, "layers": {**params["layers"], "attention_adapter": slot, "mlp_adapter": slot}}
+    return {**params, "layers": {**params["layers"], **{f"{part}_adapter": slot for part in parts}}}
 
 
 @pytest.mark.parametrize("preset", sorted(models.PRESETS))

@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -161,6 +161,21 @@ def sentence_order_pairs(
         pairs.append(_pair(first, second, label, length, cls, sep, rng))
         start = end
     return pairs
+
+
+def records(pairs: Sequence[Pair], length: int, sep: int) -> list[dict[str, Any]]:
+    """Pairs as records of ``length`` + 1 tokens for ``examples.hidden_tokens``, filled up with [SEP]s of segment 0."""
+
+    def record(pair: Pair) -> dict[str, Any]:
+        behind = length - len(pair.tokens)
+        return {
+            "tokens": np.pad(pair.tokens, (0, behind + 1), constant_values=sep),
+            "segments": np.pad(np.ones(len(pair.tokens), np.int32), (0, behind + 1)),
+            "token_types": np.pad(pair.token_types, (0, behind)),
+            "pair_labels": pair.label,
+        }
+
+    return [record(pair) for pair in pairs]
 
 
 def _target(length: int, short_probability: float, rng: random.Random) -> int:

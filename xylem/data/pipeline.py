@@ -2,21 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from xylem import files
-from xylem.data import corpora, progress, tokenizers
+from xylem.data import corpora, corruption, examples, progress, tokenizers
 from xylem.data.config import TOKENIZER_FORMS, TOKENIZER_NAMES, DataConfig, bpe_size, cache_root
+from xylem.data.examples import MakeExample
 from xylem.errors import ConfigError
 
-Batch = dict[str, Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T"]]
+Batch = dict[str, Int32[np.ndarray, "B ..."] | Float32[np.ndarray, "B ..."]]
 
 # Goes into the name of what is cached: raise it when tokens or windows of the same text would come out otherwise.
 _FORMAT = 1
@@ -35,6 +36,7 @@ class Prepared:
         tokenizer: the tokenizer of its ids.
         counts: by split, ``documents``, ``bytes`` of text, ``tokens`` of the stream (each document's end-of-text
             included) and ``windows``.
+        example: what a record becomes in a batch; ``dataclasses.replace`` puts another objective's here.
     """
 
     config: DataConfig
@@ -43,6 +45,7 @@ class Prepared:
     folder: Path
     tokenizer: tokenizers.Tokenizer
     counts: dict[str, dict[str, int]]
+    example: MakeExample = examples.next_token
 
     @cached_property
     def _builder(self) -> Any:
@@ -66,41 +69,52 @@ class Prepared:
         Raises:
             ConfigError: as ``source`` and ``batch``.
         """
-        source = self.source(split)
-        windows = self.batch(source, np.arange(len(source)))
-        # Every token of the stream is a label once, but the end-of-text that opens the first document.
-        stream = windows["labels"][windows["weights"] > 0]
+        records = self._records(source := self.source(split), range(len(source)))
+        # Every token of the stream stands once behind another, but the end-of-text that opens the first document.
+        later = [(record["tokens"][1:], record["segments"][1:] > 0) for record in records]
+        stream = np.concatenate([tokens[real] for tokens, real in later])
         bounds = np.flatnonzero(stream == self.tokenizer.end_of_text)
         first, *others = np.split(stream, bounds)
         return [first, *(document[1:] for document in others)]
 
-    def batch(self, source: Any, rows: "list[int] | np.ndarray", pad_to: int = 0) -> Batch:
-        """The windows ``rows`` of ``source`` as one batch, filled with empty windows up to ``pad_to``.
+    def batch(
+        self, source: Any, rows: Sequence[int], epochs: Sequence[int] | None = None, *, seed: int = 0, pad_to: int = 0
+    ) -> Batch:
+        """The records ``rows`` of ``source`` as one batch, filled with zeros up to ``pad_to`` rows.
+
+        Args:
+            source: of ``source(split)``.
+            rows: which records.
+            epochs: how often each was read before (0 where not given): with ``seed`` and its row, what its randomness
+                comes from (``corruption.generator``).
+            seed: as above.
+            pad_to: the number of rows of the batch, at least.
 
         Returns:
-            tokens, labels, segments (int32) and weights (float32), all (B, T). labels[t] follows tokens[t]; segments
-            number the documents of a row from 1 and are 0 in padding; weights are 1 where the label is a token of the
-            corpus, else 0.
+            the arrays of ``example``, stacked. Of packed text these are tokens, labels, segments (int32) and weights
+            (float32), all (B, T). labels[t] follows tokens[t]; segments number the documents of a row from 1 and are 0
+            in padding; weights are 1 where the label is a token of the corpus, else 0.
 
         Raises:
             ConfigError: a stored id is outside the tokenizer's vocabulary; the message names the record.
         """
+        places = zip(epochs or [0] * len(rows), map(int, rows), strict=True)
+        draw = [corruption.generator(seed, epoch, row) for epoch, row in places]
+        made = [self.example(record, rng) for record, rng in zip(self._records(source, rows), draw, strict=True)]
+        if len(made) < pad_to:
+            shape = made or [self.example(self._records(source, [0])[0], corruption.generator(seed, 0, 0))]
+            made += [{name: np.zeros_like(x) for name, x in shape[0].items()}] * (pad_to - len(made))
+        return {name: np.stack([each[name] for each in made]) for name in made[0]}
+
+    def _records(self, source: Any, rows: Sequence[int]) -> Sequence[Mapping[str, Any]]:
         read = source.__getitems__([int(row) for row in rows])
-        shape = (max(pad_to, len(read)), self.config.sequence_length + 1)
-        tokens, segments = np.full(shape, self.tokenizer.end_of_text, np.int32), np.zeros(shape, np.int32)
-        for place, record in enumerate(read):
-            tokens[place], segments[place] = record["tokens"], record["segments"]
-        if tokens.min() < 0 or tokens.max() >= self.tokenizer.vocab_size:
-            bad = int(np.argmax(((tokens < 0) | (tokens >= self.tokenizer.vocab_size)).any(axis=1)))
-            vocabulary = f"ids are 0 to {self.tokenizer.vocab_size - 1}"
-            allowed = f"{vocabulary}; record {int(rows[bad])} of {self.folder} is damaged"
-            raise ConfigError("token id", int(max(tokens[bad], key=abs)), allowed)
-        return {
-            "tokens": tokens[:, :-1],
-            "labels": tokens[:, 1:],
-            "segments": segments[:, :-1],
-            "weights": (segments[:, 1:] > 0).astype(np.float32),
-        }
+        most = self.tokenizer.vocab_size - 1
+        for row, record in zip(rows, read, strict=True):
+            tokens = record["tokens"]
+            if tokens.min() < 0 or tokens.max() > most:
+                allowed = f"ids are 0 to {most}; record {row} of {self.folder} is damaged"
+                raise ConfigError("token id", int(max(tokens, key=abs)), allowed)
+        return read
 
 
 def prepare(config: DataConfig, report: files.Report = print) -> Prepared:
@@ -204,6 +218,9 @@ class TrainIterator:
     The order is that of a fresh permutation each epoch, end to end; batch ``step`` holds places
     ``step * batch_size .. (step + 1) * batch_size - 1`` of it, whatever the number of hosts: host h of H has every H-th
     of these, from place h. Batches are read ahead by one thread.
+
+    In ``consecutive`` order each row of a batch goes on where the same row of the batch before it ended: the text is
+    cut into ``batch_size`` parts, which are read side by side, from a place that the seed decides.
     """
 
     def __init__(
@@ -213,6 +230,7 @@ class TrainIterator:
         seed: int,
         start_step: int = 0,
         *,
+        order: Literal["shuffled", "consecutive"] = "shuffled",
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -223,6 +241,7 @@ class TrainIterator:
             batch_size: rows of the global batch; each host gets ``batch_size / process_count`` of them.
             seed: the order of the rows, 0 to 2**32 - 1.
             start_step: the global step of the first batch.
+            order: see above.
             process_index, process_count: which host of how many.
 
         Raises:
@@ -231,13 +250,25 @@ class TrainIterator:
         import grain
 
         source = prepared.source("train")
+        count = len(source)
         local = _local_rows(batch_size, process_index, process_count)
         if not 0 <= seed < 2**32:
             raise ConfigError("seed", seed, "a whole number from 0 to 4294967295")
         self._identity = {"dataset": prepared.key, "seed": seed, "batch_size": batch_size}
         # Row numbers are shuffled, not rows: a batch is then one bulk read.
-        rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()[process_index::process_count]
-        batches = rows.batch(local, drop_remainder=True).map(lambda numbers: prepared.batch(source, numbers))
+        part, first = max(1, count // batch_size), corruption.generator(seed, 0, 0).integers(count)
+
+        def consecutive(place: int) -> int:
+            step, row = divmod(place, batch_size)
+            return int(first + row * part + step) % count
+
+        rows = grain.MapDataset.range(count).seed(seed)
+        rows = rows.shuffle().repeat() if order == "shuffled" else rows.repeat()
+        row_of = (lambda place, row: row) if order == "shuffled" else (lambda place, row: consecutive(place))
+        rows = rows.map_with_index(lambda place, row: (row_of(place, row), place // count))
+        rows = rows[process_index::process_count]
+        batches = rows.batch(local, drop_remainder=True)
+        batches = batches.map(lambda read: prepared.batch(source, *(part.tolist() for part in read), seed=seed))
         # One thread: it feeds millions of tokens a second, and leaves the cores to XLA.
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
         self.set_state(self._identity | {"step": start_step})

@@ -59,6 +59,45 @@ PRETRAINED = {
         },
         licence="Apache-2.0",
     ),
+    # An ALBERT of 12 layers over reactions as SMILES, whose attention tells which atom becomes which (doi
+    # 10.1126/sciadv.abe4166). Tokenizer: data.smiles.
+    "rxnmapper": Package(
+        name="rxnmapper",
+        version="0.4.3",
+        wheel_sha256="27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
+        checkpoint="rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k",
+        members={
+            "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/config.json": (
+                "ea0f3144af1d13a5d5928cff01abd8e7c14ab831ff7b6d73a14d4162864a876f"
+            ),
+            "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/pytorch_model.bin": (
+                "8541f3f500dae71abe678d546bd035ca946e2d1c819f6b2cf41a97faedd7e6a2"
+            ),
+            "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/vocab.txt": (
+                "399868a653e85549ce150af4a1f6cd2776240c6a3d951ced2120565f00f027fd"
+            ),
+        },
+        licence="MIT",
+    ),
+    # A BERT of 12 layers with both heads over the same text (doi 10.1038/s42256-020-00284-w).
+    "rxnfp": Package(
+        name="rxnfp",
+        version="0.1.0",
+        wheel_sha256="c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf",
+        checkpoint="rxnfp/models/transformers/bert_pretrained",
+        members={
+            "rxnfp/models/transformers/bert_pretrained/config.json": (
+                "024d89cb6056e146e066ebbcd9d565d6968d53e82953570a8b110b26495d7d4b"
+            ),
+            "rxnfp/models/transformers/bert_pretrained/pytorch_model.bin": (
+                "50a6ed263d33ae759affa82c1e85554cc5ea9f56145f5c7fb39b6c25d4356437"
+            ),
+            "rxnfp/models/transformers/bert_pretrained/vocab.txt": (
+                "399868a653e85549ce150af4a1f6cd2776240c6a3d951ced2120565f00f027fd"
+            ),
+        },
+        licence="MIT",
+    ),
 }
 
 

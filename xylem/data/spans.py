@@ -96,14 +96,20 @@ def lengths(inputs_length: int, noise_density: float = 0.15, mean_span: float = 
     if noise_density == 1:
         raise ConfigError("noise_density", noise_density, "below 1: inputs of noise alone are never full")
 
-    def size_of_inputs(length: int) -> int:
-        noise, spans = _counts(length, noise_density, mean_span)
-        return length - noise + spans + 1
-
     length = inputs_length - 1
-    while size_of_inputs(length + 1) <= inputs_length:
+    while sizes(length + 1, noise_density, mean_span)[0] <= inputs_length:
         length += 1
-    return length, sum(_counts(length, noise_density, mean_span)) + 1
+    return length, sizes(length, noise_density, mean_span)[1]
+
+
+def sizes(length: int, noise_density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
+    """How long inputs and targets of a text of ``length`` tokens are, eos included: ``sizes(568)`` is (512, 114).
+
+    Raises:
+        ConfigError: a density or a mean that is none.
+    """
+    noise, spans = _counts(length, noise_density, mean_span)
+    return length - noise + spans + 1, noise + spans + 1
 
 
 def task_input(task: str, text: str = "", **fields: str) -> str:

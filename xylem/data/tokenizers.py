@@ -105,6 +105,10 @@ class Tokenizer:
         """A second pipeline that reads special tokens in the text; apart, as the switch is a state of the object."""
         return _parse(self.json, self.name)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its name, or None where the vocabulary has none such."""
+        return self._plain.token_to_id(token)
+
     def encode(self, text: str, *, parse_special: bool = False) -> Int32[np.ndarray, " T"]:
         """The ids of one text.
 

@@ -9,7 +9,8 @@ S     key length                 L     layers
 D     model width                R     rank
 F     feed-forward width         E     experts, or heads x head dim
 N     heads                      G     query heads a key/value head
-K     key/value heads
+K     key/value heads            Z     states a channel (Mamba)
+I     inner channels (Mamba), or inputs of a kernel whose outputs are O
 ====  =========================  ====  ==============================
 
 ``build(config)`` gives the module; ``PRESETS`` every published size by name. Nothing here imports jax until ``build``.
@@ -20,8 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from xylem.models import bart, bert, gpt, llama, t5, vanilla
-from xylem.models.config import ModelConfig, RecurrentConfig, Seq2SeqConfig
+from xylem.models import bart, bert, gpt, llama, mamba, t5, vanilla
+from xylem.models.config import MambaConfig, ModelConfig, RecurrentConfig, Seq2SeqConfig
 
 if TYPE_CHECKING:
     from xylem.models.language_model import LanguageModel
@@ -40,6 +41,7 @@ _SIZES = {
         *("llama3_8b", "llama3_70b", "llama3_1_8b", "llama3_1_70b", "llama3_1_405b", "llama3_2_1b", "llama3_2_3b"),
         "smollm2",
     ),
+    mamba: ("mamba_130m", "mamba_370m", "mamba_790m", "mamba_1_4b", "mamba_2_8b"),
     vanilla: ("transformer_base", "transformer_big"),
     bart: ("bart_base", "bart_large"),
     t5: (
@@ -52,8 +54,12 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 }
 
 
-def build(config: ModelConfig | RecurrentConfig) -> LanguageModel:
+def build(config: ModelConfig) -> LanguageModel:
     """The module a config describes: ``init``, ``apply``, ``head`` and ``clone`` are its public calls."""
+    if isinstance(config, MambaConfig):
+        from xylem.models.mamba_lm import MambaLM
+
+        return MambaLM(config)
     from xylem.models.masked_lm import MaskedLM
     from xylem.models.recurrent import RecurrentLM
     from xylem.models.seq2seq import Seq2Seq

@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from xylem.models import fused
+from xylem.models import fused_attention
 from xylem.models.cache import AttentionCache, Seq2SeqCache
 from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice
@@ -150,6 +150,6 @@ def weigh(
 ) -> Float[Array, "B T N H"]:
     """``attend`` as the config says, by the fast path where that is asked for and can do it; ``rng`` drops weights."""
     scale = config.head_dim**-0.5 if config.attention.scale == "head_dim" else 1.0
-    if fast and rng is None and bias is None:
-        return fused.attention(query, key, value, mask, scale, kernels.attention_chunk)
+    if fast and rng is None:
+        return fused_attention.attention(query, key, value, mask, scale, kernels.attention_chunk, bias)
     return attend(query, key, value, mask, scale=scale, bias=bias, dropout=config.dropout, rng=rng)

@@ -6,8 +6,8 @@ Constants that differ between families (``rope_theta``, ``norm_eps``, ...) have 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from xylem.errors import ConfigError
 
@@ -33,7 +33,11 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
 
     def build(name: str, value: Any) -> Any:
         nested: list[Any] = [each for each in (hints[name], *get_args(hints[name])) if is_dataclass(each)]
-        return from_dict(nested[0], value) if nested and isinstance(value, Mapping) else value
+        if not nested or not isinstance(value, Mapping):
+            return value
+        # Of several classes it is the one with these fields.
+        same = [each for each in nested if {one.name for one in fields(each)} == set(value)]
+        return from_dict((same or nested)[0], value)
 
     return kind(**{name: build(name, value) for name, value in values.items()})
 
@@ -58,6 +62,7 @@ class Compute:
             ``auto`` takes what was measured fastest for the backend.
         kernels: ``fused`` for the hand-written derivatives of ``fused.py``, ``plain`` for what XLA derives;
             ``auto`` as above.
+        scan: how state-space layers run along time, one of the forms of ``selective_scan.py``; ``auto`` as above.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -65,6 +70,7 @@ class Compute:
     remat: Literal["none", "dots", "full"] = "none"
     layers: Literal["auto", "scan", "unroll"] = "auto"
     kernels: Literal["auto", "plain", "fused"] = "auto"
+    scan: Literal["auto", "sequential", "parallel", "chunked", "kernel"] = "auto"
 
     def __post_init__(self):
         check_choices(self)
@@ -237,22 +243,30 @@ class TransformerConfig:
         """Columns of the embedding table."""
         return self.embedding.size or self.d_model
 
-    def train_flops_per_token(self, sequence_length: int) -> float:
-        """Operations of one training step (forward and backward) for one token of a causal sequence.
+    def train_flops_per_token(self, sequence_length: int, predicted: float = 1.0) -> float:
+        """Operations of one training step (forward and backward) for one token of a sequence.
 
             6 x (weights of every matrix product, the output head included, the embedding look-up not)
           + 6 x layers x sequence_length x heads x head_dim
 
         One multiply-add is two operations: a weight costs 2 forward and 4 backward. Attention's two products cost
         4 S N H forward for a query that sees S keys; a causal query sees half of the sequence on average; backward
-        costs twice that: 3 x 4 x T/2 N H. (PaLM, 2204.02311, appendix B, counts the whole square: 12 L T N H.)
-        Rematerialised products are not counted.
+        costs twice that: 3 x 4 x T/2 N H. (PaLM, 2204.02311, appendix B, counts the whole square: 12 L T N H.) In an
+        encoder a query does see all of it. Rematerialised products are not counted.
+
+        Args:
+            sequence_length: tokens a row.
+            predicted: the share of the tokens whose logits are computed.
         """
+        return self.layer_flops(sequence_length) + 6.0 * predicted * self.d_model * self.vocab_size
+
+    def layer_flops(self, sequence_length: int) -> float:
+        """``train_flops_per_token`` without the head."""
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.d_model * (2 * query + 2 * kv)
         mlp = (3 if self.gated else 2) * self.d_model * self.d_ff
-        weights = self.num_layers * (attention + mlp) + self.d_model * self.vocab_size
-        return 6.0 * weights + 6.0 * self.num_layers * sequence_length * query
+        seen = sequence_length / 2 if self.attention.mask == "causal" else sequence_length
+        return 6.0 * self.num_layers * (attention + mlp) + 12.0 * self.num_layers * seen * query
 
 
 @dataclass(frozen=True)
@@ -315,6 +329,21 @@ class Seq2SeqConfig:
     def compute(self) -> Compute:
         """How both sides are computed."""
         return self.decoder.compute
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of both sides."""
+        return self.encoder.num_layers + self.decoder.num_layers
+
+    def train_flops(self, source: int, target: int) -> float:
+        """Operations of one training step for one pair of these lengths in tokens, counted as
+        ``TransformerConfig.train_flops_per_token`` does; keys and values of the source are made once a layer."""
+        decoder = self.decoder
+        query, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+        projections = 6.0 * self.d_model * (2 * query * target + 2 * kv * source)
+        crossing = decoder.num_layers * (projections + 12.0 * source * target * query)
+        own = source * self.encoder.layer_flops(source) + target * decoder.train_flops_per_token(target)
+        return own + crossing
 
     def with_compute(self, compute: Compute) -> Seq2SeqConfig:
         """The same network, computed otherwise."""
@@ -384,4 +413,86 @@ class RecurrentConfig:
         return replace(self, compute=compute)
 
 
-ModelConfig = TransformerConfig | Seq2SeqConfig  # what has presets and files of others (``hub``)
+@dataclass(frozen=True)
+class MambaInitializers:
+    """How each weight of a Mamba starts. D starts at 1, A at -1, -2, ... -Z in every channel, the other biases at 0.
+
+    Attributes:
+        embedding, kernel, selection, residual: standard deviations of zero-mean normals: of the table, of ``input`` and
+            ``gate``, of what reads the inner channels (``low``, ``B``, ``C``), of ``output``.
+        conv, delta: bounds of uniform draws around 0: of the convolution's kernel and of the step size's.
+        delta_min, delta_max, delta_floor: the step sizes at birth are log-uniform between the first two, at least the
+            third.
+    """
+
+    embedding: float
+    kernel: float
+    selection: float
+    residual: float
+    conv: float
+    delta: float
+    delta_min: float
+    delta_max: float
+    delta_floor: float
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """A stack of selective state-space layers (Mamba 2312.00752) with its embedding and head.
+
+    Attributes:
+        family: whose conventions outside files follow (see ``hub``).
+        max_length: the longest sequence that it is meant for, in tokens; nothing in the network depends on it.
+        d_inner: channels of the scan; each has ``state_size`` states.
+        conv_width: tokens that the causal convolution in front of the scan sees, the newest included.
+        dt_rank: rank of the projection that gives the step sizes.
+        discretization: how B becomes discrete: ``euler`` (delta B), as in the released code and weights, or ``zoh``,
+            the exact zero-order hold (2312.00752, equation 4). A always is by zero-order hold.
+    """
+
+    family: Literal["mamba"]
+    vocab_size: int
+    max_length: int
+    num_layers: int
+    d_model: int
+    d_inner: int
+    state_size: int
+    conv_width: int
+    dt_rank: int
+    discretization: Literal["euler", "zoh"]
+    norm_eps: float
+    head: Literal["tied", "untied"]
+    init: MambaInitializers
+    compute: Compute = field(default_factory=Compute)
+
+    norm: ClassVar = "rmsnorm"
+    bias: ClassVar = "none"  # of matrices that are like a transformer's; the convolution and the step size have theirs
+
+    def __post_init__(self):
+        check_choices(self)
+        check_sizes(self, "vocab_size", "max_length", "num_layers", "d_model")
+        check_sizes(self, "d_inner", "state_size", "conv_width", "dt_rank")
+        if not self.norm_eps > 0.0:
+            raise ConfigError("norm_eps", self.norm_eps, "it must be positive")
+
+    def with_compute(self, compute: Compute) -> MambaConfig:
+        """The same network, computed otherwise."""
+        return replace(self, compute=compute)
+
+    def train_flops_per_token(self, sequence_length: int) -> float:
+        """Operations of one training step (forward and backward) for one token, whatever the length of its sequence.
+
+            6 x (weights of every matrix product, the output head included, the embedding look-up not)
+          + 3 x layers x d_inner x (7 state_size + 2 conv_width)
+
+        Forward the scan takes 7 operations a state: delta A, its exponential, decay, input, their sum, and C's product
+        and sum; the convolution takes 2 a tap. Backward costs twice that. What is recomputed is not counted.
+        """
+        inner, low = self.d_inner, self.dt_rank
+        layer = 3 * self.d_model * inner + 2 * inner * (low + self.state_size)
+        weights = self.num_layers * layer + self.d_model * self.vocab_size
+        scan = self.num_layers * inner * (7 * self.state_size + 2 * self.conv_width)
+        return 6.0 * weights + 3.0 * scan
+
+
+ModelConfig = TransformerConfig | Seq2SeqConfig | RecurrentConfig | MambaConfig

@@ -43,8 +43,10 @@ class Row:
 
     Attributes:
         theirs: its name; ``{layer}`` stands for the layer's number, and such a tensor is a slice of a stacked leaf.
-        ours: paths of the leaves it holds. Several lie side by side on its last axis (GPT-2's ``c_attn``).
+        ours: paths of the leaves it holds. Several lie side by side on its last axis (GPT-2's ``c_attn``), or behind
+            each other on its first where it is ``transposed``.
         transposed: it is (out, in) as in ``torch.nn.Linear``, where our kernels are (in, out).
+        depthwise: it has an axis of 1 in the middle, as the kernel of a ``torch.nn.Conv1d`` with a group a channel.
         interleaved: rows of each head come in the order of Meta's rotary pairs, (2i, 2i + 1) rotating together, where
             ours rotates (i, i + H/2). Read only.
     """
@@ -53,6 +55,7 @@ class Row:
     ours: tuple[str, ...]
     transposed: bool = False
     interleaved: bool = False
+    depthwise: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -67,7 +70,8 @@ class Row:
         """Shape of one such tensor, from the leaves it holds."""
         shapes = [template[path].shape[1 if self.stacked else 0 :] for path in self.ours]
         joined = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
-        return joined[::-1] if self.transposed else joined
+        joined = joined[::-1] if self.transposed else joined
+        return (joined[0], 1, *joined[1:]) if self.depthwise else joined
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -137,7 +141,8 @@ def write(row: Row, layer: int, params: Mapping[str, Any]) -> np.ndarray:
         leaf = materialize(params[path])
         pieces.append(np.asarray(leaf[layer] if row.stacked else leaf))
     joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
-    return np.ascontiguousarray(joined.T if row.transposed else joined)
+    joined = joined.T if row.transposed else joined
+    return np.ascontiguousarray(joined[:, None] if row.depthwise else joined)
 
 
 def _check(
@@ -178,13 +183,18 @@ def _fill(views: list[np.ndarray], row: Row, source: Source, head_dim: int) -> N
     """Write one tensor into its leaves (or its layer's slices of them), block by block."""
     start = 0
     columns = half_split(source.shape[0], head_dim) if row.interleaved else None
-    edges = np.cumsum([view.shape[-1] for view in views])[:-1]
+    edges = np.cumsum([view.shape[-1] for view in views])
     for block in source.blocks(BLOCK_BYTES):
         stop = start + len(block)
-        if row.transposed:
-            where = slice(start, stop) if columns is None else columns[start:stop]
-            views[0][:, where] = block.T
+        block = block[:, 0] if row.depthwise else block
+        if columns is not None:
+            views[0][:, columns[start:stop]] = block.T
+        elif row.transposed:
+            pieces = np.split(block, np.clip(edges[:-1] - start, 0, len(block)))
+            for view, edge, piece in zip(views, edges, pieces, strict=True):
+                first = max(start - (edge - view.shape[-1]), 0)
+                view[:, first : first + len(piece)] = piece.T
         else:
-            for view, piece in zip(views, np.split(block, edges, axis=-1), strict=True):
+            for view, piece in zip(views, np.split(block, edges[:-1], axis=-1), strict=True):
                 view[start : start + len(piece)] = piece
         start = stop

@@ -4,7 +4,8 @@
 ``jax.custom_vjp``. Three things are slow on XLA:CPU and are avoided here: gradients of (B, T, D) products, which are
 rematerialised transposed (so tokens are flattened to M = B * T); intermediates that autodiff stores for norms,
 activations and softmax (so only inputs and row statistics are kept); and the T x T and T x V arrays of attention and
-cross-entropy (so both go by chunks). Nothing else in the models knows how: ``choose`` says per backend what to call.
+cross-entropy (so both go by chunks; attention is in ``fused_attention.py``). Nothing else in the models knows how:
+``choose`` says per backend what to call.
 
 Reverse mode only: ``jax.jvp`` through these raises, ``kernels="plain"`` has it.
 """
@@ -24,7 +25,6 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from xylem.models.config import Compute, RopeScaling
-from xylem.models.masks import Mask
 from xylem.models.positions import rope_tables as plain_rope_tables
 
 F32 = jnp.float32
@@ -209,119 +209,6 @@ def rope_tables(
     return jax.lax.cond(always, lambda: plain_rope_tables(positions, head_dim, theta, scaling), lambda: (zeros, zeros))
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
-
-
-def attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    mask: Mask,
-    scale: float,
-    chunk: int,
-) -> Float[Array, "B T N H"]:
-    """``attention.attend``, which is its plain twin, by chunks of queries, each against the keys it can see.
-
-    As in FlashAttention (2205.14135, section 3.1, appendix B.4) one log-sum-exp a row is kept and the backward pass
-    recomputes the weights: nothing of size T x S lives between the two. ``chunk`` grows where it would give more than
-    ``MAX_BLOCKS`` blocks, each of which is compiled. Where there are few, the rows of the batch are cut too: the parts
-    stay in the cache, and one's small operations run beside another's products.
-    """
-    batch, queries = query.shape[:2]
-    chunk = max(chunk, -(-queries // MAX_BLOCKS))
-    blocks = tuple(_blocks(mask, queries, key.shape[1], chunk))
-    mesh = jax.sharding.get_abstract_mesh()
-    most = FEW_BLOCKS // len(blocks) if mesh.empty or mesh.size == 1 else 1  # rows that a mesh has split are left alone
-    parts = next((count for count in range(min(most, MAX_PARTS), 1, -1) if batch % count == 0), 1)
-
-    def part(index: int) -> Array:
-        rows = slice(index * batch // parts, (index + 1) * batch // parts)
-        own = jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, (query, key, value, mask))
-        return _attention(scale, blocks, *own)
-
-    return jnp.concatenate([part(index) for index in range(parts)])
-
-
-MAX_BLOCKS, FEW_BLOCKS, MAX_PARTS = 16, 8, 2
-
-
-def _blocks(mask: Mask, queries: int, keys: int, chunk: int):
-    """Pairs of (start, stop), of queries and of the keys they may see, by what is static in the mask."""
-    in_order = mask.causal and mask.offset is None and mask.prefix is None
-    for start in range(0, queries, chunk):
-        stop, first, last = min(start + chunk, queries), 0, keys
-        if in_order:
-            last = min(stop, keys)
-            if isinstance(mask.window, int):
-                first = min(max(0, start - mask.window + 1), last - 1)
-        yield (start, stop), (first, last)
-
-
-def _scores(scale, rows, columns, q, kt, mask: Mask):
-    """Masked float32 scores of one block."""
-    scores = jnp.einsum("BKGTH,BKHS->BKGTS", q, kt, preferred_element_type=F32) * scale
-    if mask.causal or mask.window is not None or mask.query_segments is not None:
-        scores = jnp.where(mask.block(rows, columns)[:, None, None], scores, -jnp.inf)
-    return scores
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale, blocks, query, key, value, mask):
-    return _attention_forward(scale, blocks, query, key, value, mask)[0]
-
-
-def _attention_forward(scale, blocks, query, key, value, mask):
-    groups = query.shape[2] // key.shape[2]
-    outs, sums = [], []
-    qs = rearrange(query, "B T (K G) H -> B K G T H", G=groups)
-    kts = rearrange(key, "B S K H -> B K H S")
-    vs = rearrange(value, "B S K H -> B K S H")
-    for block in blocks:
-        rows, columns = slice(*block[0]), slice(*block[1])
-        q, kt, v = qs[..., rows, :], kts[..., columns], vs[..., columns, :]
-        scores = _scores(scale, rows, columns, q, kt, mask)
-        peak = scores.max(-1, keepdims=True)
-        peak = jnp.where(peak == -jnp.inf, 0.0, peak)  # a row that sees nothing: every weight below is exp(-inf) = 0
-        weights = jnp.exp(scores - peak)
-        total = weights.sum(-1, keepdims=True)
-        total = jnp.where(total == 0.0, 1.0, total)
-        out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v) / total.astype(v.dtype)
-        outs.append(rearrange(out, "B K G T H -> B T (K G) H"))
-        sums.append(peak + jnp.log(total))
-    out = jnp.concatenate(outs, axis=1)
-    return out, (query, key, value, out, sums, mask)
-
-
-def _attention_backward(scale, blocks, saved, g):
-    query, key, value, out, sums, mask = saved
-    groups = query.shape[2] // key.shape[2]
-    split = partial(rearrange, pattern="B T (K G) H -> B K G T H", G=groups)
-    # Row sums of weights * d(weights), from the output instead (2205.14135, appendix B.4, equation 4).
-    inner = split((g.astype(F32) * out.astype(F32)).sum(-1, keepdims=True))
-    dqs: list[Array] = []
-    dkt: Any = 0.0
-    dvt: Any = 0.0
-    qs, gs, ks = split(query), split(g), rearrange(key, "B S K H -> B K S H")
-    kts, vts = (rearrange(x, "B S K H -> B K H S") for x in (key, value))
-    for block, log_sum in zip(blocks, sums, strict=True):
-        rows, columns = slice(*block[0]), slice(*block[1])
-        q, g_rows, k = qs[..., rows, :], gs[..., rows, :], ks[..., columns, :]
-        kt, vt = kts[..., columns], vts[..., columns]
-        weights = jnp.exp(_scores(scale, rows, columns, q, kt, mask) - log_sum)
-        dweights = jnp.einsum("BKGTH,BKHS->BKGTS", g_rows, vt, preferred_element_type=F32)
-        dscores = (weights * (dweights - inner[..., rows, :]) * scale).astype(q.dtype)
-        dqs.append(rearrange(jnp.einsum("BKGTS,BKSH->BKGTH", dscores, k), "B K G T H -> B T (K G) H"))
-        around = [(0, 0)] * 3 + [(columns.start, key.shape[1] - columns.stop)]
-        weights = weights.astype(g.dtype)
-        dvt += jnp.pad(jnp.einsum("BKGTH,BKGTS->BKHS", g_rows, weights, preferred_element_type=F32), around)
-        dkt += jnp.pad(jnp.einsum("BKGTH,BKGTS->BKHS", q, dscores, preferred_element_type=F32), around)
-    dk, dv = (rearrange(x, "B K H S -> B S K H").astype(key.dtype) for x in (dkt, dvt))
-    return jnp.concatenate(dqs, axis=1), dk, dv, None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
 # --- cross-entropy ----------------------------------------------------------------------------------------------------
 
 Head = Callable[[Any, Array], Array]
@@ -478,7 +365,7 @@ class Choice:
 
     Attributes:
         unroll: compile every layer, or one that is scanned over.
-        attention_chunk: queries a chunk of ``attention``.
+        attention_chunk: queries a chunk of ``fused_attention.attention``.
         loss_logits: the most logits ``cross_entropy`` holds at once.
     """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from xylem.errors import CheckpointError, ConfigError
 from xylem.files import read_object, whole_folder
 from xylem.models import build, shards
 from xylem.models.config import Compute, ModelConfig
-from xylem.models.conversion import Place, Row, flatten, listed, read, rows_for, write
+from xylem.models.conversion import Place, Row, Source, flatten, listed, read, rows_for, write
 from xylem.models.families import FAMILIES, NAMES, Family
 
 DTYPES = ("float32", "bfloat16")
@@ -39,8 +39,8 @@ def load(
     megabytes at a time; jax on a CPU adopts it without a copy, an accelerator takes it before the next one is made.
 
     Args:
-        folder_or_file: a Hugging Face folder (``config.json`` and safetensors, whole or sharded) of one of the
-            ``FAMILIES``, or a GGUF file of the LLaMA family.
+        folder_or_file: a Hugging Face folder (``config.json`` and safetensors, whole or sharded, or a
+            ``pytorch_model.bin`` of before torch 1.6) of one of the ``FAMILIES``, or a GGUF file of the LLaMA family.
         dtype: ``float32`` or ``bfloat16``: of the returned parameters, and of ``config.compute``.
         place: (path, NumPy value) -> what the tree shall hold; ``jax.device_put`` to the default device unless given.
 
@@ -62,7 +62,8 @@ def load(
     config = config.with_compute(Compute(dtype=name, param_dtype=name))
     place = place or (lambda _, leaf: jax.device_put(leaf))
     template = _present(parameter_shapes(config), rows, sources, optional)
-    return config, read(str(path), rows, sources, template, config.head_dim, place)
+    head_dim = getattr(config, "head_dim", 1)  # only attention has heads, and rows that it interleaves
+    return config, read(str(path), rows, sources, template, head_dim, place)
 
 
 def save(
@@ -163,7 +164,7 @@ def _present(
     return {path: leaf for path, leaf in template.items() if not path.startswith(lacking)}
 
 
-def _open_folder(folder: Path) -> tuple[ModelConfig, Family, dict[str, shards.Stored]]:
+def _open_folder(folder: Path) -> tuple[ModelConfig, Family, dict[str, Source]]:
     if not folder.is_dir():
         hint = "there is no such folder or file"
         if folder.is_file():
@@ -171,11 +172,11 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Family, dict[str, shards.St
             hint = hint or "give the folder that holds this file and its config.json"
         raise ConfigError("checkpoint", str(folder), f"it must be a Hugging Face folder or a .gguf file; {hint}")
     raw = read_object(folder / "config.json", "checkpoint")
-    model_type = str(raw.get("model_type"))
-    if model_type not in FAMILIES:
-        raise ConfigError("model_type", model_type, f"supported are {', '.join(FAMILIES)}", FAMILIES)
-    family = FAMILIES[model_type]
+    model_type = raw.get("model_type")
+    if model_type is not None and str(model_type) not in FAMILIES:
+        raise ConfigError("model_type", str(model_type), f"supported are {', '.join(FAMILIES)}", FAMILIES)
     tensors = shards.tensors(folder)
+    family = FAMILIES[str(model_type)] if model_type is not None else _family_of(tensors)
     config = family.to_config({**raw, "holds_head": "lm_head.weight" in tensors})
     sources = {}
     for name, tensor in tensors.items():
@@ -187,6 +188,15 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Family, dict[str, shards.St
             raise ConfigError(name, tensor.dtype, f"in {tensor.file}: types that can be read are {known}", shards.TYPES)
         sources[name] = tensor
     return config, family, sources
+
+
+def _family_of(tensors: Iterable[str]) -> Family:
+    """Whose prefix the names have: the first releases of transformers wrote no ``model_type``."""
+    found = {name.partition(".")[0] + "." for name in tensors}
+    families = [family for family in FAMILIES.values() if family.prefix in found]
+    if len(families) != 1:
+        raise ConfigError("model_type", None, f"config.json must give it: one of {', '.join(FAMILIES)}")
+    return families[0]
 
 
 def _check_tree(flat: Mapping[str, Any], template: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from xylem.models.leaves import is_leaf
 from xylem.models.stack import runs
 
-GROUPS = {"attention": ("query", "key", "value"), "mlp": ("up", "gate")}
+GROUPS = {"attention": ("query", "key", "value"), "mlp": ("up", "gate"), "mixer": ("input", "gate")}
 
 
 def fuse(params: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from xylem.models import fused
-from xylem.models.config import TransformerConfig
+from xylem.models.config import MambaConfig, TransformerConfig
 from xylem.models.fused import Choice
 from xylem.models.leaves import Leaf
 
@@ -35,9 +35,18 @@ def einsum(equation: str, x: Array, weight: Array | Leaf, kernels: Choice | None
     return jnp.einsum(equation, x, weight)
 
 
-def parameter(module: nn.Module, name: str, std: float | None, shape: tuple[int, ...], dtype: str, fill: Any = 0.0):
-    """The module's parameter ``name``: what the tree holds, or a new one: normal of ``std``, else ``fill``, which is a
-    number or an array.
+def parameter(
+    module: nn.Module,
+    name: str,
+    std: float | nn.initializers.Initializer | None,
+    shape: tuple[int, ...],
+    dtype: str,
+    fill: Any = 0.0,
+):
+    """The module's parameter ``name``: what the tree holds, or a new one.
+
+    A new one is normal of ``std``, drawn by it where it is a function, or ``fill``, a number or an array, where it is
+    None.
 
     ``Module.param`` alone would refuse a leaf whose parts have other shapes than the weight it stands for.
     """
@@ -47,7 +56,8 @@ def parameter(module: nn.Module, name: str, std: float | None, shape: tuple[int,
             path = "/".join((*module.path, name))
             raise ValueError(f"{path}: the parameters hold shape {value.shape}, the config asks for {shape}")
         return value
-    init = nn.initializers.constant(fill) if std is None else nn.initializers.normal(std)
+    normal = std if callable(std) or std is None else nn.initializers.normal(std)
+    init = nn.initializers.constant(fill) if normal is None else normal
     return module.param(name, init, shape, jnp.dtype(dtype))
 
 
@@ -61,7 +71,7 @@ class Dense(nn.Module):
 
     features: int
     std: float
-    config: TransformerConfig
+    config: TransformerConfig | MambaConfig
     kernels: Choice
 
     @nn.compact
@@ -79,7 +89,7 @@ def side_by_side(
     joined: str,
     widths: dict[str, int],
     x: Float[Array, "*B I"],
-    config: TransformerConfig,
+    config: TransformerConfig | MambaConfig,
     kernels: Choice,
 ) -> list[Float[Array, "*B O"]]:
     """Products of one input with several kernels of the calling module: ``widths`` are their names and columns.
@@ -112,7 +122,7 @@ class Embed(nn.Module):
 class Norm(nn.Module):
     """LayerNorm (1607.06450) or RMSNorm (1910.07467), in float32 whatever the compute type."""
 
-    config: TransformerConfig
+    config: TransformerConfig | MambaConfig
     kernels: Choice
 
     @nn.compact

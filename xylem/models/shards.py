@@ -1,5 +1,7 @@
 """Folders of safetensors files, as Hugging Face lays them out: whole, or in shards with an index.
 
+Where there is none, a state dict in torch's old format does (``legacy_torch.py``).
+
 Reading parses headers first and hands out bytes later, a few rows at a time, by plain file reads: pages of a memory map
 would count as this process's memory for as long as the file is open.
 """
@@ -21,10 +23,12 @@ from safetensors.numpy import save_file
 
 from xylem.errors import ConfigError
 from xylem.files import read_object
+from xylem.models import legacy_torch
 from xylem.models.conversion import listed
 
 TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 INDEX = "model.safetensors.index.json"
+LEGACY = "pytorch_model.bin"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -50,16 +54,18 @@ class Stored:
                 yield np.frombuffer(file.read(rows * width), dtype).reshape(rows, *rest)
 
 
-def tensors(folder: Path) -> dict[str, Stored]:
+def tensors(folder: Path) -> Mapping[str, Stored | legacy_torch.Tensor]:
     """Every tensor of a folder, from its one file or from the shards that its index names.
 
     Raises:
-        ConfigError: neither is there, a shard is missing or damaged, or the index points outside the folder.
+        ConfigError: neither is there, a file is missing or damaged, or the index points outside the folder.
     """
-    whole, index = folder / "model.safetensors", folder / INDEX
+    whole, index, legacy = folder / "model.safetensors", folder / INDEX, folder / LEGACY
     if whole.exists():
         return header(whole)
     if not index.exists():
+        if legacy.exists():
+            return legacy_torch.tensors(legacy)
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         hint = f"; {pickles[0]} is a pickle, which can run code: save it as safetensors first" if pickles else ""
         raise ConfigError("checkpoint", str(folder), f"it must hold model.safetensors or {INDEX}{hint}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from xylem.data import spans
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
-from xylem.models.config import TransformerConfig, check_choices
+from xylem.models.config import MambaConfig, ModelConfig, RecurrentConfig, Seq2SeqConfig, check_choices
 
 if TYPE_CHECKING:
     from xylem.data.tokenizers import Tokenizer
@@ -22,23 +23,74 @@ class MeshConfig:
     tensor: int = 1
 
 
+Objective = Literal["causal_lm", "truncated", "continuation", "masked_lm", "span_corruption", "denoising"]
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised, in nats a real token.
+    """What is minimised, in nats a real token. This class serves the objectives without settings of their own.
 
     Attributes:
+        name: ``causal_lm``, the next token from those before it; ``truncated``, the same with a state that goes on from
+            window to window (recurrent models); ``continuation``, the second half of a window by an encoder-decoder
+            that has read the first; the others have a class each.
         label_smoothing: share of the target spread over the vocabulary (1512.00567, section 7).
         z_loss: weight of ``logsumexp(logits)**2``, which keeps logits from drifting (PaLM 2204.02311, section 5).
     """
 
+    name: Objective = "causal_lm"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
     def __post_init__(self):
+        check_choices(self)
+        own = {"masked_lm": MaskedConfig, "span_corruption": SpanConfig, "denoising": DenoisingConfig}
+        if type(self) is not own.get(self.name, ObjectiveConfig):
+            allowed = f"it belongs to another objective's settings, {own.get(self.name, ObjectiveConfig).__name__}"
+            raise ConfigError("objective.name", self.name, allowed)
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ConfigError("objective.label_smoothing", self.label_smoothing, "it must lie in [0, 1)")
         if self.z_loss < 0.0:
             raise ConfigError("objective.z_loss", self.z_loss, "it must not be negative")
+
+
+@dataclass(frozen=True)
+class MaskedConfig(ObjectiveConfig):
+    """Hidden tokens from both sides (BERT 1810.04805, section 3.1; see ``data/masking.py``).
+
+    Attributes:
+        rate: share of the tokens that is chosen.
+        masked, random: shares of the chosen that become the mask or a random token; the rest stays.
+        max_ngram: the longest run chosen at once (ALBERT 1909.11942, section 4.1: 3).
+        pairs: the second objective: BERT's ``next_sentence``, ALBERT's ``sentence_order``, or ``none`` (RoBERTa), which
+            reads packed text in place of pairs.
+    """
+
+    name: Objective = "masked_lm"
+    rate: float = 0.15
+    masked: float = 0.8
+    random: float = 0.1
+    max_ngram: int = 1
+    pairs: Literal["none", "next_sentence", "sentence_order"] = "none"
+
+
+@dataclass(frozen=True)
+class SpanConfig(ObjectiveConfig):
+    """Spans taken out of a text, listed (T5 1910.10683, section 3.1.4; see ``data/spans.py``)."""
+
+    name: Objective = "span_corruption"
+    noise_density: float = 0.15
+    mean_span: float = 3.0
+    sentinels: int = 100
+
+
+@dataclass(frozen=True)
+class DenoisingConfig(ObjectiveConfig):
+    """A text from what permuting its sentences and infilling left of it (BART 1910.13461, section 5.1)."""
+
+    name: Objective = "denoising"
+    rate: float = 0.3
+    mean_span: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -100,10 +152,10 @@ class RunConfig:
         keep: checkpoints kept besides the best one.
     """
 
-    model: TransformerConfig
+    model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig | MaskedConfig | SpanConfig | DenoisingConfig = field(default_factory=ObjectiveConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 1000
     batch_size: int = 16
@@ -130,22 +182,79 @@ class RunConfig:
             raise ConfigError("accumulate", self.accumulate, f"it must divide batch_size = {self.batch_size}")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise ConfigError("ema", self.ema, "it must lie in (0, 1), or be None")
-        if self.data.sequence_length > self.model.max_length:
+        allowed = objectives_of(self.model)
+        if self.objective.name not in allowed:
+            raise ConfigError("objective.name", self.objective.name, f"this model learns by {' or '.join(allowed)}")
+        if self.objective.name == "truncated" and self.accumulate > 1:
+            raise ConfigError("accumulate", self.accumulate, "1: each row's state goes on at the next step")
+        if self.tokens_read > self.model.max_length:
             allowed = f"the model's max_length is {self.model.max_length}"
             raise ConfigError("data.sequence_length", self.data.sequence_length, allowed)
+
+    @property
+    def tokens_read(self) -> int:
+        """The longest row that the model sees of a window of ``data.sequence_length`` tokens of text."""
+        objective, length = self.objective, self.data.sequence_length
+        if isinstance(objective, SpanConfig):
+            return max(spans.sizes(length, objective.noise_density, objective.mean_span))
+        return length - length // 2 if objective.name == "continuation" else length
+
+
+def objectives_of(model: ModelConfig) -> tuple[Objective, ...]:
+    """The objectives a kind of model can learn by."""
+    if isinstance(model, Seq2SeqConfig):
+        return ("denoising", "span_corruption", "continuation")
+    if isinstance(model, RecurrentConfig):
+        return ("causal_lm", "truncated")
+    if isinstance(model, MambaConfig):
+        return ("causal_lm",)
+    return ("causal_lm",) if model.attention.mask == "causal" else ("masked_lm",)
+
+
+def special_ids(config: RunConfig, tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of an objective's special tokens: the tokenizer's own where it has them, else the first ones beyond it.
+
+    ``mask`` for what hides tokens, ``cls`` and ``sep`` for pairs; span corruption's sentinels are not among them: they
+    are the model's highest ids.
+    """
+    names = {"mask": ("[MASK]", "<mask>"), "cls": ("[CLS]",), "sep": ("[SEP]",)}
+    wanted = {"masked_lm": ["mask"], "denoising": ["mask"]}.get(config.objective.name, [])
+    if isinstance(config.objective, MaskedConfig) and config.objective.pairs != "none":
+        wanted = [*wanted, "cls", "sep"]
+    ids, fresh = {}, tokenizer.vocab_size
+    for role in wanted:
+        own = next((found for name in names[role] if (found := tokenizer.token_id(name)) is not None), None)
+        ids[role] = fresh if own is None else own
+        fresh += own is None
+    return ids
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     """What can be checked only once the tokenizer is there.
 
     Raises:
-        ConfigError: it has more tokens than the model, or the sample prompt leaves no room to write.
+        ConfigError: the model lacks ids for its tokens and the objective's, or the sample prompt leaves no room to
+            write.
     """
-    if tokenizer.vocab_size > config.model.vocab_size:
-        allowed = f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, so at least that"
+    largest = max(tokenizer.vocab_size - 1, *special_ids(config, tokenizer).values(), 0)
+    sentinels = config.objective.sentinels if isinstance(config.objective, SpanConfig) else 0
+    if (least := largest + 1 + sentinels) > config.model.vocab_size:
+        extra = (
+            f" and {config.objective.name} needs {least - tokenizer.vocab_size} more"
+            if least > tokenizer.vocab_size
+            else ""
+        )
+        allowed = f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens{extra}, so at least {least}"
         raise ConfigError("model.vocab_size", config.model.vocab_size, allowed)
+    if not writes(config):
+        return
     # The text starts with begin-of-text, and at least one token is written.
     length, most = len(tokenizer.encode(config.sample_prompt)), config.model.max_length - 2
     if not 0 < length <= most:
         allowed = f"between 1 and {most} tokens; it has {length}"
         raise ConfigError("sample_prompt", config.sample_prompt, allowed)
+
+
+def writes(config: RunConfig) -> bool:
+    """Whether the model is one that continues a text: then samples are written, and bits per byte mean something."""
+    return config.objective.name in ("causal_lm", "truncated")

@@ -19,13 +19,16 @@ from xylem.training.restore import Model
 from xylem.training.step import eval_step
 
 
-def figures(sums: Sequence[Sums], counts: dict[str, int]) -> dict[str, float]:
+def figures(sums: Sequence[Sums], counts: dict[str, int] | None) -> dict[str, float]:
     """Mean ``loss`` (nats a token), ``perplexity`` and ``bits_per_byte`` of batches of a split, given their sums.
 
     ``counts`` are the split's (``Prepared.counts``): bytes are shared out evenly over its labels, so over the whole
-    split bits per byte are exact. A document's end-of-text is predicted too: it costs bits and adds no byte.
+    split bits per byte are exact. A document's end-of-text is predicted too: it costs bits and adds no byte. None
+    where not every token is predicted from those before it alone: there are no bits per byte then.
     """
     nll, weight = (math.fsum(float(getattr(each, name)) for each in sums) for name in ("nll", "weight"))
+    if counts is None:
+        return {"loss": nll / weight, "perplexity": metrics.perplexity(nll / weight)}
     bytes_read = counts["bytes"] * weight / (counts["tokens"] - 1)  # the very first token is nobody's label
     return {
         "loss": nll / weight,

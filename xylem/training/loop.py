@@ -25,9 +25,10 @@ from xylem.sharding import anywhere, batch_sharding, join_hosts, make_mesh
 from xylem.training import metrics as measure
 from xylem.training import report
 from xylem.training.checkpoint import Checkpoints
-from xylem.training.config import RunConfig, check_tokenizer
+from xylem.training.config import RunConfig, check_tokenizer, writes
 from xylem.training.console import console
 from xylem.training.evaluate import figures
+from xylem.training.inputs import objective_data, train_flops_per_token
 from xylem.training.objectives import Sums
 from xylem.training.program import assemble
 from xylem.training.run_folder import CHECKPOINTS, METRICS, open_run
@@ -64,13 +65,15 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         check_tokenizer(config, data.tokenizer)
         if writer:
             data.tokenizer.save(folder / "tokenizer")
+        data = objective_data(config, data)
         checkpoints = enter(Checkpoints(folder / CHECKPOINTS, config.keep))
         enter(jax.set_mesh(mesh))
         restored = checkpoints.restore(program.abstract)
         state = make_state(program.create, program.abstract) if restored is None else restored.state
         start = 0 if restored is None else restored.step
         best = restored.metadata["best_validation"] if restored else sys.float_info.max
-        batches = pipeline.TrainIterator(data, config.batch_size, config.seed, start, **hosts)
+        order = "consecutive" if config.objective.name == "truncated" else "shuffled"
+        batches = pipeline.TrainIterator(data, config.batch_size, config.seed, start, order=order, **hosts)
         if restored is not None:
             batches.set_state(restored.data_state)
 
@@ -80,7 +83,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         for line in report.opening(config, data, mesh, state, restored):
             screen.note(line)
         place = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
-        flops = config.model.train_flops_per_token(config.data.sequence_length)
+        flops = train_flops_per_token(config)
         peak = measure.peak_flops(list(mesh.devices.flat))
         meter = measure.Meter(config.batch_size * config.data.sequence_length, flops, peak, config.steps)
 
@@ -91,7 +94,8 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
                 yield program.validate(params, jax.tree.map(place, batch))
 
         def named(sums: Sequence[Sums]) -> dict[str, float]:
-            return {f"validation_{name}": x for name, x in figures(sums, data.counts["validation"]).items()}
+            counts = data.counts["validation"] if writes(config) else None
+            return {f"validation_{name}": x for name, x in figures(sums, counts).items()}
 
         def row_of(step: int, computed: dict[str, Any]) -> dict[str, Any]:
             row = meter.row(step, computed)
@@ -136,7 +140,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
                 metadata = {"config": settings, "tokenizer_hash": data.tokenizer.hash, "best_validation": best}
                 if notice := checkpoints.save(step, state, batches.get_state(), metadata, best=improved):
                     screen.note(notice)
-            if due(config.sample_every, step) and not finishing:
+            if due(config.sample_every, step) and not finishing and writes(config):
                 screen.note(report.sample(program.module, state.averaged, data.tokenizer, config.sample_prompt))
             if finishing:
                 break

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -19,11 +20,15 @@ from xylem.training.config import ObjectiveConfig
 
 
 class Sums(struct.PyTreeNode):
-    """What a batch adds up to, in nats; divide by ``weight``, the number of real labels, for means."""
+    """What a batch adds up to, in nats; divide by ``weight``, the number of real labels, for means.
+
+    ``carry`` is the state that an objective hands to the next batch; None for those that hand none.
+    """
 
     loss: Float[Array, ""] | Any
     nll: Float[Array, ""] | Any
     weight: Float[Array, ""] | Any
+    carry: Any = None
 
 
 def causal_lm(
@@ -35,10 +40,33 @@ def causal_lm(
 ) -> Sums:
     """Next-token prediction: the negative log-likelihood of ``labels`` where ``weights`` is 1.
 
-    ``loss`` also holds label smoothing and z-loss; ``nll`` never does. With ``rng`` dropout is applied.
+    An encoder-decoder predicts its target, from a batch that has ``decoder_tokens``. ``loss`` also holds label
+    smoothing and z-loss; ``nll`` never does. With ``rng`` dropout is applied.
     """
     out = _apply(module, params, batch, rng)
     return _sums(module, config, params, batch, out.hidden)
+
+
+def masked_lm(
+    module: LanguageModel,
+    config: ObjectiveConfig,
+    params: Any,
+    batch: dict[str, Array],
+    rng: PRNGKeyArray | None = None,
+) -> Sums:
+    """Prediction of the tokens at ``places``, and where the batch has ``pair_labels`` the judgement of each pair.
+
+    Final states are gathered before the head, so that it is computed where a token was hidden and nowhere else.
+    ``loss`` is the mean over hidden tokens plus the mean over pairs (BERT 1810.04805, appendix A.2), a pair counting by
+    its hidden tokens, so that any split of a batch adds up to the same; ``nll`` is that of the tokens alone.
+    """
+    out: Any = _apply(module, params, batch, rng)
+    sums = _sums(module, config, params, batch, jnp.take_along_axis(out.hidden, batch["places"][..., None], axis=1))
+    if "pair_labels" not in batch:
+        return sums
+    scores = jax.nn.log_softmax(out.pair_logits)
+    judged = -jnp.take_along_axis(scores, batch["pair_labels"][:, None], axis=1)[:, 0]
+    return sums.replace(loss=sums.loss + (judged * batch["weights"].sum(axis=1)).sum())
 
 
 def truncated(
@@ -60,10 +88,25 @@ def truncated(
     return _sums(module, config, params, batch, out.hidden), out.cache
 
 
+def next_window(
+    module: LanguageModel,
+    config: ObjectiveConfig,
+    params: Any,
+    batch: dict[str, Any],
+    rng: PRNGKeyArray | None = None,
+) -> Sums:
+    """``truncated`` of a batch that also holds ``carry``, the cache the last one left, and ``opens``: the rows that
+    begin a document and start from nothing."""
+    before = batch["carry"]
+    cache = before.rewind(jnp.where(batch["opens"] > 0, 0, before.lengths))
+    sums, after = truncated(module, config, params, batch, cache, rng)
+    return sums.replace(carry=after)
+
+
 def _apply(module: LanguageModel, params: Any, batch: dict[str, Array], rng: PRNGKeyArray | None, **more: Any) -> Any:
     rngs = None if rng is None else {"dropout": rng}
-    more |= {"segments": batch.get("segments"), "train": rng is not None, "rngs": rngs}
-    return module.apply({"params": params}, batch["tokens"], **more)
+    more |= {name: batch[name] for name in ("segments", "token_types", "decoder_tokens") if name in batch}
+    return module.apply({"params": params}, batch["tokens"], **more, train=rng is not None, rngs=rngs)
 
 
 def _sums(module: LanguageModel, config: ObjectiveConfig, params: Any, batch: dict[str, Array], hidden: Array) -> Sums:

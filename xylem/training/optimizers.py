@@ -19,13 +19,16 @@ from xylem.training.schedules import make_schedule
 
 
 def decays(path: str) -> bool:
-    """Whether weight decay applies: to matrices and embeddings, never to biases and norm scales."""
-    return path.rsplit("/", 1)[-1] not in ("bias", "scale")
+    """Whether weight decay applies: to matrices and embeddings, never to biases, norm scales and Mamba's A and D."""
+    return path.rsplit("/", 1)[-1] not in ("bias", "scale", "A_log", "D")
 
 
 def is_hidden_matrix(path: str) -> bool:
-    """Whether Muon's orthogonal update applies: to the kernels inside layers, not to embeddings or the head."""
-    return path.endswith("/kernel") and not path.startswith("head/")
+    """Whether Muon's orthogonal update applies: to the matrices inside layers, not to embeddings or the head.
+
+    A convolution's kernel is no matrix: it has a few numbers for each channel and mixes none.
+    """
+    return path.endswith("/kernel") and not path.startswith("head/") and not path.endswith("/conv/kernel")
 
 
 def _decay_mask(params: Any) -> Any:

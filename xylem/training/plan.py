@@ -19,6 +19,7 @@ import numpy as np
 from xylem.errors import ConfigError
 from xylem.sharding import batch_sharding, make_mesh
 from xylem.training.config import RunConfig
+from xylem.training.inputs import example_shapes
 from xylem.training.program import assemble, settled
 
 GIB = 2**30
@@ -78,7 +79,7 @@ def plan(config: RunConfig, topology: str) -> Plan:
     """
     devices = _devices(topology)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    program = assemble(settled(config, kernels="plain", layers="scan"), mesh)
+    program = assemble(settled(config, kernels="plain", layers="scan", scan="kernel"), mesh)
     with jax.set_mesh(mesh):
         lowered = program.step.lower(program.abstract, _abstract_batch(config, mesh))
         try:
@@ -119,10 +120,10 @@ def _devices(topology: str) -> list[Any]:
 
 
 def _abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    shape, kinds = (config.batch_size, config.data.sequence_length), {"weights": np.float32}
-    names = ("tokens", "labels", "segments", "weights")
     where = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(shape, kinds.get(name, np.int32), sharding=where) for name in names}
+    shapes = example_shapes(config)
+    struct = jax.ShapeDtypeStruct
+    return {name: struct((config.batch_size, *shape), kind, sharding=where) for name, (shape, kind) in shapes.items()}
 
 
 def _too_large(config: RunConfig, topology: str, error: Exception) -> Exception:

@@ -17,7 +17,7 @@ from xylem.errors import ConfigError
 from xylem.models.language_model import LanguageModel
 from xylem.sharding import BATCH
 from xylem.training.config import RunConfig
-from xylem.training.objectives import causal_lm
+from xylem.training.objectives import causal_lm, masked_lm, next_window
 from xylem.training.optimizers import make_optimizer
 from xylem.training.state import TrainState, abstract_state, new_state
 from xylem.training.step import eval_step, train_step
@@ -57,11 +57,16 @@ def assemble(config: RunConfig, mesh: Mesh) -> Program:
         allowed = f"mesh.data x mesh.fsdp x accumulate = {parts} must divide it"
         raise ConfigError("batch_size", config.batch_size, allowed)
     module, optimizer = models.build(config.model), make_optimizer(config.optimizer, config.steps)
-    loss = partial(causal_lm, module, config.objective)
+    carries = config.objective.name == "truncated"
+    judged = masked_lm if config.objective.name == "masked_lm" else causal_lm
+    loss, validation_loss = (
+        partial(objective, module, config.objective) for objective in (next_window if carries else judged, judged)
+    )
 
     def create() -> TrainState:
         params = module.init(jax.random.key(config.seed), jnp.zeros((1, 2), jnp.int32))["params"]
-        return new_state(params, optimizer, config.seed, config.ema)
+        state = new_state(params, optimizer, config.seed, config.ema)
+        return state.replace(carry=module.init_cache(config.batch_size, 0)) if carries else state
 
     abstract = abstract_state(create, mesh)
     where = jax.tree.map(lambda x: x.sharding, abstract)
@@ -71,15 +76,12 @@ def assemble(config: RunConfig, mesh: Mesh) -> Program:
         create=create,
         abstract=abstract,
         step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
-        validate=jax.jit(partial(eval_step, loss=loss)),
+        validate=jax.jit(partial(eval_step, loss=validation_loss)),
     )
 
 
-def settled(config: RunConfig, kernels: str, layers: str) -> RunConfig:
+def settled(config: RunConfig, **chosen: str) -> RunConfig:
     """The config with what ``compute`` leaves to measurement settled: for compiling for a backend that is not here."""
     compute = config.model.compute
-    chosen = {"kernels": kernels, "layers": layers}
-    kept = {name: value for name, value in chosen.items() if getattr(compute, name) == "auto"}
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, compute=dataclasses.replace(compute, **kept))
-    )
+    kept: dict[str, Any] = {name: value for name, value in chosen.items() if getattr(compute, name) == "auto"}
+    return dataclasses.replace(config, model=config.model.with_compute(dataclasses.replace(compute, **kept)))

@@ -19,7 +19,7 @@ from xylem.models.language_model import LanguageModel
 from xylem.peft import tree
 from xylem.training import metrics as measure
 from xylem.training.checkpoint import Restored
-from xylem.training.config import RunConfig
+from xylem.training.config import RunConfig, writes
 from xylem.training.plots import loss_curve
 from xylem.training.run_folder import CHECKPOINTS, METRICS
 from xylem.training.state import TrainState
@@ -74,23 +74,27 @@ def closing(
     final: dict[str, Any],
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Show and keep the final figures, a sample and the loss curve; returns what ``summary.json`` holds.
+    """Show and keep the final figures, a sample where the model writes, and the loss curve; returns what
+    ``summary.json`` holds.
 
     All hosts write the sample together; the rest is for process 0, whose summary also has the compressors' figures.
     """
+    bits = final.get("validation_bits_per_byte")
     note(
-        f"validation loss {final['validation_loss']:.4f} nats/token, perplexity {final['validation_perplexity']:.2f}, "
-        f"{final['validation_bits_per_byte']:.3f} bits per byte"
+        f"validation loss {final['validation_loss']:.4f} nats/token, perplexity {final['validation_perplexity']:.2f}"
+        + (f", {bits:.3f} bits per byte" if bits is not None else "")
     )
-    text = sample(module, params, data.tokenizer, config.sample_prompt)
-    summary = {**final, "sample": text}
-    note(f"sample:\n{text}\n")
+    summary, bars = dict(final), {}
+    if writes(config):
+        summary["sample"] = text = sample(module, params, data.tokenizer, config.sample_prompt)
+        note(f"sample:\n{text}\n")
+        if jax.process_index() == 0:
+            write_whole(folder / "sample.txt", text + "\n")
+            summary["compressors_bits_per_byte"] = bars = references(data)
+            whole = data.counts["validation"]["bytes"] <= REFERENCE_BYTES
+            of = "the same text" if whole else f"the first {REFERENCE_BYTES / 1e6:g} MB of the same text"
+            note(f"bits per byte of {of}: {', '.join(f'{name} {bits:.3f}' for name, bits in bars.items())}")
     if jax.process_index() == 0:
-        summary["compressors_bits_per_byte"] = bars = references(data)
-        whole = data.counts["validation"]["bytes"] <= REFERENCE_BYTES
-        of = "the same text" if whole else f"the first {REFERENCE_BYTES / 1e6:g} MB of the same text"
-        note(f"bits per byte of {of}: {', '.join(f'{name} {bits:.3f}' for name, bits in bars.items())}")
-        write_whole(folder / "sample.txt", text + "\n")
         write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         title = f"{config.model.family}, {tree.count(params):,} parameters, on {config.data.corpus}"
         loss_curve(folder / METRICS, folder / "loss.png", bars, title)

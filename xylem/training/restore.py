@@ -13,10 +13,10 @@ from xylem.data.config import DataConfig
 from xylem.data.pretrained import PRETRAINED, pretrained
 from xylem.errors import ConfigError
 from xylem.models import hub
-from xylem.models.config import TransformerConfig, from_dict
+from xylem.models.config import ModelConfig, from_dict
 from xylem.models.language_model import LanguageModel
 from xylem.training.checkpoint import load_params
-from xylem.training.config import RunConfig
+from xylem.training.config import RunConfig, objectives_of
 from xylem.training.run_folder import CHECKPOINTS, CONFIG
 
 
@@ -47,7 +47,7 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     if (path / CHECKPOINTS).is_dir():
         params, metadata = _open_run(path)
         run = from_dict(RunConfig, metadata["config"])
-        config = run.model
+        config = _decoder(name, run.model)
         tokenizer = tokenizers.load(path / "tokenizer")
         # Another text is then read with the model's tokenizer, and none is made anew.
         data = replace(run.data, tokenizer=str(path / "tokenizer"))
@@ -57,16 +57,21 @@ def open_model(name: str, dtype: str = "float32") -> Model:
             )
     else:
         config, params = hub.load(path, dtype)
-        if not isinstance(config, TransformerConfig) or config.attention.mask != "causal":
-            raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
+        config = _decoder(name, config)
         tokenizer = tokenizers.load(path)
         data = DataConfig(tokenizer=str(path), sequence_length=min(512, config.max_length))
     if tokenizer.vocab_size > config.vocab_size:
         allowed = f"the model has {config.vocab_size} tokens, its tokenizer may not have more"
         raise ConfigError("tokenizer", tokenizer.vocab_size, allowed)
     # One compiled layer for all: what is opened to be used is run a few times, not a few thousand.
-    compute = replace(config.compute, layers="scan", dtype=dtype)
-    return Model(models.build(replace(config, compute=compute)), params, tokenizer, data)
+    config = config.with_compute(replace(config.compute, layers="scan", dtype=dtype))
+    return Model(models.build(config), params, tokenizer, data)
+
+
+def _decoder(name: str, config: ModelConfig) -> ModelConfig:
+    if "causal_lm" not in objectives_of(config):
+        raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
+    return config
 
 
 def _open_run(path: Path) -> tuple[Any, dict[str, Any]]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
 from xylem.peft import tree
-from xylem.sharding import path_name, shardings
+from xylem.sharding import BATCH, path_name, shardings
 
 
 class TrainState(struct.PyTreeNode):
@@ -26,6 +26,7 @@ class TrainState(struct.PyTreeNode):
         rng: key data; step s draws from ``fold_in(rng, s)``, so a resumed run draws what the unbroken one would.
         ema: moving average of the trainable ones, or None.
         nonfinite: steps in a row whose gradients were not finite, and which therefore changed nothing else.
+        carry: the cache with which each row of the next batch goes on (``objectives.truncated``), or None.
     """
 
     step: Int[Array, ""] | Any
@@ -35,6 +36,7 @@ class TrainState(struct.PyTreeNode):
     rng: UInt32[Array, "..."] | Any
     ema: Any
     nonfinite: Int[Array, ""] | Any
+    carry: Any = None
 
     @property
     def params(self) -> Any:
@@ -77,7 +79,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every array of a state, the optimizer's and the average's derived from their weight's.
 
     ``state`` may be abstract. An array whose path ends in a parameter's and has its shape lies as that parameter lies;
-    all others (counts, factored moments) are small and replicated.
+    all others (counts, factored moments) are small and replicated. What is carried lies as its batch does.
     """
     params = tree.combine(state.trainable, state.frozen)
     placed = jax.tree_util.tree_leaves_with_path(shardings(params, mesh))
@@ -87,6 +89,8 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
     def place(path, array):
         words = path_name(path).split("/")
+        if words[0] == "carry":  # (L, P, B, ...), and lengths (B,)
+            return NamedSharding(mesh, PartitionSpec(*[None] * (2 if array.ndim > 1 else 0), BATCH))
         for start in range(len(words)):
             shape, where = known.get("/".join(words[start:]), (None, None))
             if shape == array.shape:

@@ -68,10 +68,12 @@ def train_step(
     When a gradient is not finite nothing is learned from the batch: the step counts, all else stays as it was.
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    batch = batch if state.carry is None else {**batch, "carry": state.carry}
     grads, sums = gradients(loss, state, batch, accumulate, rng)
     norm = optax.tree.norm(grads)
     updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
-    moved = {"trainable": optax.apply_updates(state.trainable, updates), "optimizer": moments, "ema": state.ema}
+    trainable = optax.apply_updates(state.trainable, updates)
+    moved = {"trainable": trainable, "optimizer": moments, "ema": state.ema, "carry": sums.carry}
     if ema is not None:
         moved["ema"] = optax.incremental_update(moved["trainable"], state.ema, 1.0 - ema)
     finite = jnp.isfinite(norm)

@@ -9,6 +9,7 @@ from xylem.models.families.bert import ALBERT, BERT, ROBERTA
 from xylem.models.families.family import Family
 from xylem.models.families.gpt import GPT1, GPT2
 from xylem.models.families.llama import LLAMA
+from xylem.models.families.mamba import MAMBA
 from xylem.models.families.t5 import T5
 
 FAMILIES: dict[str, Family] = {
@@ -18,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "roberta": ROBERTA,
     "albert": ALBERT,
+    "mamba": MAMBA,
     "bart": BART,
     "t5": T5,
 }

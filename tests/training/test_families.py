@@ -1,0 +1,178 @@
+"""Each family trained by the one loop with its own objective; what is carried from batch to batch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from documents import documents_of, write_jsonl
+
+from xylem import models
+from xylem.configs.pretrain import RUNS
+from xylem.data import pipeline
+from xylem.data.config import DataConfig
+from xylem.errors import ConfigError
+from xylem.models import bart, bert, mamba, rnn, t5, vanilla
+from xylem.models.config import Compute, from_dict
+from xylem.sharding import make_mesh
+from xylem.training.checkpoint import load_params
+from xylem.training.config import (
+    DenoisingConfig,
+    MaskedConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    SpanConfig,
+    check_tokenizer,
+)
+from xylem.training.inputs import example_shapes, objective_data
+from xylem.training.loop import pretrain
+from xylem.training.program import assemble
+from xylem.training.restore import open_model
+
+VOCAB, LENGTH = 280, 16  # 257 tokens of bytes, and what objectives add
+FAMILIES = {
+    "bert": (bert.bert(2, 12, 3, VOCAB, 32), MaskedConfig(pairs="next_sentence")),
+    "roberta": (bert.roberta(2, 12, 3, VOCAB, 32), MaskedConfig()),
+    "albert": (bert.albert(2, 12, 3, VOCAB, 8), MaskedConfig(max_ngram=3, pairs="sentence_order")),
+    "transformer": (vanilla.vanilla(2, 12, 3, VOCAB, 32), ObjectiveConfig("continuation", label_smoothing=0.1)),
+    "bart": (bart.bart(2, 12, 3, VOCAB, 32), DenoisingConfig()),
+    "t5": (t5.t5(2, 12, 3, 4, 20, "1.1", VOCAB, 32), SpanConfig(sentinels=9)),
+    "mamba": (mamba.mamba(2, 12, VOCAB, 32, state_size=5), ObjectiveConfig()),
+    "rnn": (rnn.rnn(2, 12, VOCAB, 32), ObjectiveConfig("truncated")),
+    "lstm": (rnn.lstm(2, 12, VOCAB, 32), ObjectiveConfig("truncated")),
+    "gru": (rnn.gru(2, 12, VOCAB, 32), ObjectiveConfig()),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("families")
+    write_jsonl(made / "a.jsonl", documents_of(7))
+    return made
+
+
+@pytest.fixture(scope="module")
+def run_of(folder):
+    """family -> a run of a few steps; all share the cache of data and programs."""
+
+    def run_of(family: str, name: str = "run", **changes) -> RunConfig:
+        model, objective = FAMILIES[family]
+        data = DataConfig(str(folder / "a.jsonl"), tokenizer="bytes", sequence_length=LENGTH, cache_dir=str(folder))
+        rate = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=0, weight_decay=0.0)
+        often = {"steps": 6, "batch_size": 8, "evaluate_every": 3, "save_every": 3, "sample_every": 0, "log_every": 1}
+        where = {"mesh": MeshConfig(data=1), "run_dir": str(folder / name / family), "sample_prompt": "a"}
+        what = {"data": data, "objective": objective, "optimizer": rate}
+        model = model.with_compute(Compute(layers="scan", kernels="plain"))
+        return RunConfig(model=model, **what | often | where | changes)
+
+    return run_of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_trained_by_its_objective(run_of, family):
+    config = run_of(family)
+    summary = pretrain(config)
+    files = {path.name for path in Path(config.run_dir).iterdir()}
+    assert {"summary.json", "loss.png", "metrics.jsonl", "checkpoints", "tokenizer"} <= files
+    assert summary["step"] == 6 and summary["validation_loss"] < np.log(VOCAB)
+    decodes = config.objective.name in ("causal_lm", "truncated")
+    assert ("sample" in summary) == decodes == ("validation_bits_per_byte" in summary)
+    if not decodes:
+        with pytest.raises(ConfigError, match="a decoder is wanted"):
+            open_model(config.run_dir)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "lstm"])
+def test_a_run_goes_on_bit_for_bit(run_of, family):
+    """Masks, pairs, and the state that a recurrent model carries: all come back."""
+    unbroken = run_of(family)
+    pretrain(unbroken)
+    pretrain(run_of(family, "halves", steps=3))
+    resumed = run_of(family, "halves")
+    pretrain(resumed)
+    entries = ("trainable", "optimizer", *(["carry"] if family == "lstm" else []))
+    for entry in entries:
+        first, second = (load_params(config.run_dir, entries=(entry,))[0] for config in (unbroken, resumed))
+        jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_the_carried_state_is_that_of_all_text_read(run_of, rng_seed):
+    """Of weights that stay as they are: the state after several windows is what one pass over them leaves."""
+    still = OptimizerConfig(learning_rate=1e-30, schedule="constant", warmup_steps=0, weight_decay=0.0)
+    config = run_of("lstm", "still", optimizer=still, seed=rng_seed, steps=5, save_every=0)
+    data = objective_data(config, pipeline.prepare(config.data, lambda _: None))
+    program = assemble(config, make_mesh(data=1, devices=jax.devices()[:1]))
+    state = program.create()
+    params = jax.tree.map(np.asarray, state.params)
+    batches = pipeline.TrainIterator(data, config.batch_size, config.seed, order="consecutive")
+    tokens, opened = [], []
+    for _ in range(config.steps):
+        batch = next(batches)
+        state, _ = program.step(state, batch)
+        tokens.append(batch["tokens"])
+        opened.append(batch["opens"])
+    text, end = np.concatenate(tokens, axis=1), data.tokenizer.end_of_text
+    segments = 1 + np.cumsum(text == end, axis=1).astype(np.int32)
+    module = models.build(config.model)
+    cache = module.init_cache(config.batch_size, 0)
+    whole = module.apply({"params": params}, jnp.asarray(text), segments=jnp.asarray(segments), cache=cache).cache
+    for ours, expected in zip(jax.tree.leaves(state.carry.states), jax.tree.leaves(whole.states), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    last = module.apply({"params": params}, jnp.asarray(tokens[-1]), cache=cache).cache
+    assert not np.allclose(jax.tree.leaves(last.states)[0], jax.tree.leaves(whole.states)[0], atol=1e-4)
+
+
+def test_carried_rows_lie_with_their_batch(run_of):
+    config = run_of("lstm", mesh=MeshConfig(data=4, fsdp=2))
+    carry = assemble(config, make_mesh(data=4, fsdp=2)).abstract.carry
+    shapes = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(carry.states)}
+    assert {shape[2] for shape in shapes} == {1}
+    assert carry.lengths.sharding.shard_shape(carry.lengths.shape) == (1,)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_are_known_before_there_is_a_text(run_of, family):
+    config = run_of(family)
+    data = objective_data(config, pipeline.prepare(config.data, lambda _: None))
+    batch = next(pipeline.TrainIterator(data, 8, 0))
+    assert example_shapes(config) == {name: (x.shape[1:], x.dtype) for name, x in batch.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_preset_can_be_started_and_written_down(name):
+    import dataclasses
+
+    config = RUNS[name]()
+    assert from_dict(RunConfig, dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run_of: run_of("bert", objective=ObjectiveConfig()), "this model learns by masked_lm"),
+        (lambda run_of: run_of("t5", objective=MaskedConfig()), "denoising or span_corruption or continuation"),
+        (lambda run_of: run_of("lstm", accumulate=2), "accumulate: 2"),
+        (lambda run_of: ObjectiveConfig("masked_lm"), "MaskedConfig"),
+        (lambda run_of: replace(MaskedConfig(), name="causal_lm"), "ObjectiveConfig"),
+        (lambda run_of: run_of("bart", data=DataConfig(sequence_length=33)), "max_length is 32"),
+    ],
+)
+def test_what_does_not_fit_is_named(run_of, change, message):
+    with pytest.raises(ConfigError, match=message):
+        change(run_of)
+
+
+def test_a_vocabulary_without_room_is_named(run_of):
+    config = run_of("t5")
+    tokenizer = pipeline.prepare(config.data, lambda _: None).tokenizer
+    check_tokenizer(config, tokenizer)
+    with pytest.raises(ConfigError, match="tokens and span_corruption needs 30 more, so at least 287"):
+        check_tokenizer(replace(config, objective=SpanConfig(sentinels=30)), tokenizer)
+    paired = run_of("bert", objective=MaskedConfig(pairs="next_sentence"))
+    small = replace(paired, model=replace(paired.model, vocab_size=259))
+    with pytest.raises(ConfigError, match="masked_lm needs 3 more, so at least 260"):
+        check_tokenizer(small, tokenizer)

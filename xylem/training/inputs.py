@@ -1,0 +1,96 @@
+"""What a run's objective reads: the prepared corpus, its records turned into that objective's examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from xylem.data import corruption, denoising, examples, masking
+from xylem.data.examples import MakeExample
+from xylem.data.paired import paired
+from xylem.data.pipeline import Prepared
+from xylem.data.tokenizers import Tokenizer
+from xylem.models.config import Seq2SeqConfig, TransformerConfig
+from xylem.training.config import DenoisingConfig, MaskedConfig, RunConfig, SpanConfig, special_ids
+
+
+class Ids(NamedTuple):
+    """What an objective must know of a vocabulary.
+
+    Attributes:
+        size: ordinary and special ids are below it.
+        end: the token between documents, which ends sources and targets too.
+        special: those of ``special_ids``.
+        stops: tokens that end a sentence.
+    """
+
+    size: int
+    end: int
+    special: dict[str, int]
+    stops: list[int]
+
+
+def objective_data(config: RunConfig, data: Prepared) -> Prepared:
+    """The corpus as ``config.objective`` reads it: batches of it are that objective's."""
+    tokenizer, special = data.tokenizer, special_ids(config, data.tokenizer)
+    size = max(tokenizer.vocab_size, *(token + 1 for token in special.values()), 0)
+    stops = full_stops(tokenizer) if isinstance(config.objective, DenoisingConfig) else []
+    data = replace(data, example=maker(config, Ids(size, tokenizer.end_of_text, special, stops)))
+    if isinstance(config.objective, MaskedConfig) and config.objective.pairs != "none":
+        own = {"kind": config.objective.pairs, "cls": special["cls"], "sep": special["sep"], "seed": config.seed}
+        return paired(data, **own)
+    return data
+
+
+def maker(config: RunConfig, ids: Ids) -> MakeExample:
+    """The function that makes an objective's examples."""
+    objective, model = config.objective, config.model
+    length = config.data.sequence_length
+    if isinstance(objective, MaskedConfig):
+        special = {ids.end, *ids.special.values()}
+        settings = {"masked": objective.masked, "random": objective.random, "max_ngram": objective.max_ngram}
+        bound = {"special": special, "mask_id": ids.special["mask"], "vocab_size": ids.size, "rate": objective.rate}
+        hide = partial(masking.mask_tokens, **bound, **settings)
+        return partial(examples.hidden_tokens, hide=hide, most=max(1, corruption.share(length, objective.rate)))
+    if objective.name == "truncated":
+        return partial(examples.next_window, end=ids.end)
+    if not isinstance(model, Seq2SeqConfig):
+        return examples.next_token
+    sides = {"start": model.decoder_start, "end": ids.end}
+    if isinstance(objective, SpanConfig):
+        spans = {name: getattr(objective, name) for name in ("noise_density", "mean_span", "sentinels")}
+        return partial(examples.corrupted_spans, vocab_size=model.vocab_size, **sides, **spans)
+    if isinstance(objective, DenoisingConfig):
+        noise = denoising.bart(ids.special["mask"], ids.stops, objective.rate, objective.mean_span)
+        return partial(examples.denoised, noise=noise, **sides)
+    return partial(examples.continued, start=model.decoder_start)
+
+
+def full_stops(tokenizer: Tokenizer) -> list[int]:
+    """The tokens whose text ends with a full stop."""
+    return [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]).rstrip().endswith(".")]
+
+
+def example_shapes(config: RunConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of each array of one example, with no corpus at hand."""
+    length = config.data.sequence_length
+    record = {"tokens": np.zeros(length + 1, np.int32), "segments": np.zeros(length + 1, np.int32)}
+    ids = Ids(config.model.vocab_size, 0, {"mask": 1, "cls": 2, "sep": 3}, [])
+    if isinstance(config.objective, MaskedConfig) and config.objective.pairs != "none":
+        record |= {"token_types": np.zeros(length, np.int32), "pair_labels": np.zeros((), np.int32)}
+    made = maker(config, ids)(record, corruption.generator(0, 0, 0))
+    return {name: (x.shape, x.dtype) for name, x in made.items()}
+
+
+def train_flops_per_token(config: RunConfig) -> float:
+    """Operations of one training step for each token of text that it reads (see the models' methods of that name)."""
+    model, shapes = config.model, example_shapes(config)
+    length, predicted = config.data.sequence_length, shapes["labels"][0][0]
+    if isinstance(model, Seq2SeqConfig):
+        return model.train_flops(shapes["tokens"][0][0], predicted) / length
+    if isinstance(config.objective, MaskedConfig) and isinstance(model, TransformerConfig):
+        return model.train_flops_per_token(length, predicted / length)
+    return model.train_flops_per_token(length)
