@@ -169,10 +169,16 @@ def test_scaling_script_really_trains(flags, tmp_path, monkeypatch):
         script("scaling")(ask)
 
 
+def test_scaling_is_of_transformers_that_predict_the_next_token(flags, untrained):
+    for preset, family in (("lstm", "recurrent"), ("bert", "bert")):
+        with pytest.raises(ConfigError, match=f"PRESET: '{family}'"):
+            script("scaling")([preset, *flags])
+    assert not untrained
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model.attention.mask", "bidirectional"], "PRESET: 'llama'"),
         (["--sizes", "16by2"], "sizes: '16by2'"),
         (["--sizes", "17x2"], "sizes: '17x2'"),
         (["--sizes", "16x0"], "sizes: '16x0'"),
