@@ -38,6 +38,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",
         "beartype>=0.22",
         "nltk>=3.10",
+        "onnxruntime>=1.23",
         "torch==2.13.0; python_version < '3.12'",
         "transformers>=5.0,<6; python_version < '3.12'",
     ],

