@@ -172,7 +172,8 @@ def test_scaling_script_really_trains(flags, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model.attention.mask", "bidirectional"], "PRESET: 'llama'"),
+        (["bert"], "PRESET: 'bert'"),
+        (["lstm"], "PRESET: 'recurrent'"),
         (["--sizes", "16by2"], "sizes: '16by2'"),
         (["--sizes", "17x2"], "sizes: '17x2'"),
         (["--sizes", "16x0"], "sizes: '16x0'"),
@@ -185,6 +186,7 @@ def test_scaling_script_really_trains(flags, tmp_path, monkeypatch):
     ],
 )
 def test_scaling_mistakes_are_named_before_anything_is_trained(flags, tmp_path, untrained, arguments, said):
+    named = arguments[:1] if not arguments[0].startswith("-") else []
     with pytest.raises(ConfigError) as caught:
-        script("scaling")([*flags, *arguments])
+        script("scaling")([*named, *flags, *arguments[len(named) :]])
     assert said in str(caught.value) and not Path(tmp_path / "sweep").exists() and not untrained
