@@ -36,6 +36,18 @@ def test_gradient_flow_vanishes_in_the_rnn_before_the_lstm_and_moves_with_traini
     assert f"{born['rnn']['mean'][-1]:.1f}" in out and "rnn: step 3/3" in out
 
 
+def test_gradient_flow_of_a_run_is_that_of_its_model(flags, tmp_path):
+    text, run = flags[:6], str(tmp_path / "run")
+    tiny = ("--model.d-model", "12", "--model.num-layers", "1", "--model.vocab-size", "257", "--batch-size", "8")
+    forget = ("--model.forget-bias", "6", "--optimizer.learning-rate", "1e-9", "--steps", "1", "--sample-prompt", "The")
+    script("pretrain")(["lstm", *text, *tiny, *forget, "--run-dir", run])
+    script("gradient_flow")([*flags, "--checkpoint", run])
+    (stage,) = json.loads((tmp_path / "out" / "gradient_flow.json").read_text())["flow"].items()
+    assert stage[0] == "as trained" and list(stage[1]) == ["lstm"]
+    # What the open gates let pass; closed ones (bias 1) leave 10^-5.
+    assert len(stage[1]["lstm"]["mean"]) == 64 and stage[1]["lstm"]["low"][-1] > -3
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -147,6 +147,17 @@ def _style(axis: Any, xlabel: str) -> None:
     axis.set_xlabel(xlabel, color=INK, fontsize=10)
 
 
+def _logarithmic(axis: Any, which: str) -> None:
+    """One of an axis' two scales by logarithms, named at 1, 2 and 5 times each power of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set(**{f"{which}scale": "log"})
+    scale = getattr(axis, f"{which}axis")
+    scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    scale.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+0", "e").replace("e+", "e"))
+    scale.set_minor_formatter(NullFormatter())
+
+
 def _heading(axis: Any, text: str) -> None:
     """What the y axis shows, where one reads first: above it, upright."""
     axis.set_title(text, loc="left", color=INK, fontsize=10)
@@ -214,7 +225,7 @@ def _draw_isoflop(axis: Any, found: Mapping[str, Any]) -> None:
             heights = [at["bottom"] + at["curvature"] * math.log(n / at["N"]) ** 2 for n in sizes]
             axis.plot(sizes, heights, color=colour, linewidth=1.2)
             axis.plot(at["N"], at["bottom"], "v", color=VALID, markersize=8, zorder=3)
-    axis.set_xscale("log")
+    _logarithmic(axis, "x")
     axis.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
@@ -228,7 +239,7 @@ def _draw_law(axis: Any, found: Mapping[str, Any]) -> None:
         heights = [law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"] for d in line]
         axis.plot(line, heights, color=colour, linewidth=1.0)
         axis.plot([row["D"] for row in rows], [row["loss"] for row in rows], "o", color=colour, label=f"{n:,}")
-    axis.set_xscale("log")
+    _logarithmic(axis, "x")
     axis.legend(frameon=False, fontsize=9, labelcolor=INK, title="parameters")
 
 
@@ -246,6 +257,6 @@ def _draw_optimum(axis: Any, found: Mapping[str, Any]) -> None:
         [budget, budget], [low, high], color=TRAIN, linewidth=3, alpha=0.4, label=f"{found['draws']['level']:.0%}"
     )
     axis.plot(budget, best["N"], "o", color=TRAIN)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    _logarithmic(axis, "x")
+    _logarithmic(axis, "y")
     axis.legend(frameon=False, fontsize=9, labelcolor=INK)

@@ -29,7 +29,7 @@ from xylem.training.loop import pretrain
 from xylem.training.run_folder import CONFIG
 
 # Steps. The first fall of a loss is no power of the tokens: with runs of 60 to 130 steps the default sweep's law missed
-# its best runs by 3 to 6%, without them all but one by less than 3%.
+# its best runs by 3 to 6%, without them all runs but one by less than 2%.
 SHORTEST = 150
 LOOK_AGAIN = 3.0  # seconds between looks at runs that other processes train
 
