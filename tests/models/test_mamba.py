@@ -144,12 +144,25 @@ def test_packed_documents_read_as_if_alone(case, proof, rng_seed):
 
 @pytest.mark.parametrize("form", ["sequential", "parallel", "chunked", "kernel"])
 def test_another_first_document_leaves_the_second_alone_to_the_bit(plain_case, form):
+    """Its logits, and every gradient of what is computed from them."""
     config, _, params, tokens = plain_case
     module = models.build(dataclasses.replace(config, compute=Compute(scan=form)))
     segments = jnp.array([[1] * 6 + [2] * 7] * B)
     changed = tokens.at[:, :6].set((tokens[:, :6] + 7) % config.vocab_size)
-    before, after = (logits(module, params, ids, segments=segments) for ids in (tokens, changed))
+
+    @jax.jit
+    def run(ids):
+        def second(params, embeddings):
+            out = module.apply({"params": params}, ids, segments=segments, embeddings=embeddings).logits
+            return jnp.sin(out[:, 6:]).sum(), out
+
+        return jax.grad(second, (0, 1), has_aux=True)(params, params["embed"]["embedding"][ids])
+
+    ((by_params, by_inputs), before), ((other_params, other_inputs), after) = run(tokens), run(changed)
     assert bool((before[:, 6:] == after[:, 6:]).all())
+    assert bool((by_inputs[:, 6:] == other_inputs[:, 6:]).all()) and bool((by_inputs[:, 6:] != 0.0).all())
+    assert bool((by_inputs[:, :6] == 0.0).all())
+    jax.tree.map(np.testing.assert_array_equal, by_params, other_params)
     assert apart(before[:, :6], after[:, :6]) > 1e-3
 
 

@@ -9,14 +9,28 @@ import pytest
 from operations import BAR, apart, normal, with_gradients
 
 from xylem.models import selective_scan as scans
-from xylem.models import selective_scan_pallas
+from xylem.models import selective_scan_gpu, selective_scan_pallas
 from xylem.models.config import Compute
 from xylem.models.selective_scan import selective_scan
 from xylem.sharding import make_mesh
 
 B, T, INNER, Z = 3, 13, 7, 5
-EACH = pytest.mark.parametrize("form", scans.FORMS)
+ON_GPU = "kernel for GPUs"
 RULES = pytest.mark.parametrize("rule", ["euler", "zoh"])
+
+
+@pytest.fixture(params=[*scans.FORMS, ON_GPU])
+def label(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def form(label, monkeypatch) -> str:
+    """The form by its name; a kernel is interpreted here, the one for TPUs unless that for GPUs is asked for."""
+    if label == ON_GPU:
+        monkeypatch.setattr(selective_scan_pallas, "INTERPRETED", selective_scan_gpu)
+        return "kernel"
+    return label
 
 
 @pytest.fixture(autouse=True)
@@ -54,19 +68,17 @@ def numpy_loop(rule: str, x, delta, A, B, C, D, start, keep):
 
 
 @RULES
-@EACH
-def test_scan_equals_a_numpy_loop(form, rule, rng_seed, proof):
+def test_scan_equals_a_numpy_loop(label, form, rule, rng_seed, proof):
     args = case(np.random.default_rng(rng_seed))
     expected = numpy_loop(rule, **{name: np.asarray(value, np.float64) for name, value in args.items()})
     run = lambda rule: jax.jit(partial(selective_scan, rule=rule, form=form))(**args)  # noqa: E731
     assert apart(run("zoh" if rule == "euler" else "euler"), expected) > BAR
-    row = f"selective scan, {form} ({rule})"
+    row = f"selective scan, {label} ({rule})"
     proof(row, "a float64 NumPy loop", apart(run(rule), expected), BAR, rng_seed, "the other discretisation")
 
 
 @RULES
-@EACH
-def test_scan_gradients_equal_those_of_the_numpy_loop(form, rule, rng_seed, proof):
+def test_scan_gradients_equal_those_of_the_numpy_loop(label, form, rule, rng_seed, proof):
     """Along one random direction of every argument, by a complex step, which is exact to rounding (Squire 1998)."""
     rng = np.random.default_rng(rng_seed)
     args = case(rng)
@@ -86,13 +98,13 @@ def test_scan_gradients_equal_those_of_the_numpy_loop(form, rule, rng_seed, proo
         errors.append(abs(np.sum(ours * direction) - exact / 1e-30) / scale)
         faults.append(abs(np.sum(np.roll(ours, 1, axis=-1) * direction) - exact / 1e-30) / scale)
     assert max(faults) > BAR
-    row = f"selective scan, {form} ({rule}): gradients"
+    row = f"selective scan, {label} ({rule}): gradients"
     oracle = "complex steps of a NumPy loop"
     proof(row, oracle, max(errors), BAR, rng_seed, "gradients shifted by one place along their last axis")
 
 
 @pytest.mark.parametrize(("length", "rule"), [(1, "euler"), (4, "zoh"), (16, "euler"), (19, "euler"), (19, "zoh")])
-@pytest.mark.parametrize("form", ["chunked", "kernel"])
+@pytest.mark.parametrize("label", ["chunked", "kernel", ON_GPU], indirect=True)
 def test_forms_agree_at_every_length_with_gradients(form, length, rule, rng_seed):
     args = case(np.random.default_rng(rng_seed), length)
     keep = args.pop("keep")
@@ -102,7 +114,6 @@ def test_forms_agree_at_every_length_with_gradients(form, length, rule, rng_seed
     assert apart(run(form), run("sequential")) <= BAR
 
 
-@EACH
 def test_scan_begins_from_nothing_unless_told_otherwise(form, rng_seed):
     args = case(np.random.default_rng(rng_seed))
     told = args | {"start": jnp.zeros_like(args["start"]), "keep": jnp.ones_like(args["keep"])}
@@ -110,7 +121,6 @@ def test_scan_begins_from_nothing_unless_told_otherwise(form, rng_seed):
     assert apart(selective_scan(**bare, form=form), selective_scan(**told, form=form)) == 0.0
 
 
-@EACH
 def test_scan_goes_on_where_it_stopped(form, rng_seed):
     args = case(np.random.default_rng(rng_seed))
     run = jax.jit(partial(selective_scan, form=form))
@@ -123,7 +133,6 @@ def test_scan_goes_on_where_it_stopped(form, rng_seed):
 
 
 @RULES
-@EACH
 def test_a_step_of_size_zero_leaves_no_trace(form, rule, rng_seed):
     args = case(np.random.default_rng(rng_seed)) | {"keep": jnp.ones((B, T))}
     still = args | {"delta": args["delta"].at[:, 9:].set(0.0)}
@@ -133,7 +142,6 @@ def test_a_step_of_size_zero_leaves_no_trace(form, rule, rng_seed):
     )
 
 
-@EACH
 def test_documents_do_not_see_each_other_to_the_bit(form, rng_seed):
     rng = np.random.default_rng(rng_seed)
     args = case(rng) | {"keep": jnp.ones((B, T)).at[:, 6].set(0.0)}
@@ -145,7 +153,6 @@ def test_documents_do_not_see_each_other_to_the_bit(form, rng_seed):
     assert apart(y[:, :6], y_changed[:, :6]) > BAR
 
 
-@EACH
 def test_scan_of_bfloat16_computes_in_float32(form, rng_seed):
     args = case(np.random.default_rng(rng_seed))
     narrow = {name: value.astype(jnp.bfloat16) for name, value in args.items()}
@@ -156,8 +163,7 @@ def test_scan_of_bfloat16_computes_in_float32(form, rng_seed):
     assert apart(y, wide[0]) <= 2**-8  # the output is rounded once
 
 
-@EACH
-def test_scan_on_eight_devices_equals_one(form, rng_seed, proof):
+def test_scan_on_eight_devices_equals_one(label, form, rng_seed, proof):
     rng = np.random.default_rng(rng_seed)
     args = case(rng, batch=4, inner=6)
     keep = args.pop("keep")
@@ -167,7 +173,7 @@ def test_scan_on_eight_devices_equals_one(form, rng_seed, proof):
     one = run(args)
     with jax.set_mesh(make_mesh(2, 2, 2)):
         eight = run(args)
-    row = f"selective scan, {form}, on data 2 x fsdp 2 x tensor 2"
+    row = f"selective scan, {label}, on data 2 x fsdp 2 x tensor 2"
     faulty = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), eight)
     assert apart(faulty, one) > BAR
     proof(row, "one device, gradients too", apart(eight, one), BAR, rng_seed, "rows shifted by one device")
@@ -197,9 +203,18 @@ def test_chunked_keeps_one_state_a_chunk(monkeypatch):
     assert temporary("sequential") > every_state and temporary("parallel") > every_state
 
 
-def test_choose_settles_auto_by_backend():
-    assert scans.choose(Compute(), "cpu") == "chunked"
-    assert scans.choose(Compute(), "tpu") == "kernel"
-    assert scans.choose(Compute(), "gpu") == "parallel"
-    assert scans.choose(Compute(kernels="plain"), "cpu") == "sequential"
-    assert scans.choose(Compute(scan="kernel", kernels="plain"), "cpu") == "kernel"
+def test_choose_settles_auto_by_backend_and_length():
+    settled = lambda length: [scans.choose(Compute(), backend, length) for backend in ("cpu", "tpu", "gpu")]  # noqa: E731
+    assert settled(512) == ["chunked", "kernel", "parallel"] and set(settled(1)) == {"sequential"}
+    assert scans.choose(Compute(kernels="plain"), "cpu", 512) == "sequential"
+    assert scans.choose(Compute(scan="kernel", kernels="plain"), "cpu", 1) == "kernel"
+
+
+@RULES
+def test_kernel_for_gpus_becomes_triton_code_in_both_directions(rule, rng_seed):
+    """No GPU is needed to lower it; none has run it."""
+    args = case(np.random.default_rng(rng_seed), inner=130)
+    loss = lambda args: selective_scan(**args, rule=rule, form="kernel")[0].sum()  # noqa: E731
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda"], disabled_checks=allowed)(args)
+    assert exported.mlir_module().count("__gpu$xla.gpu.triton") == 2, "one forward, one backward"

@@ -96,9 +96,8 @@ class Mixer(nn.Module):
         A = -jnp.exp(parameter(self, "A_log", _log_counting, (inner, config.state_size), "float32").astype(F32))
         D = parameter(self, "D", None, (inner,), "float32", fill=1.0)
         keep = None if context.segments is None else _same_document(context.segments, 1).astype(F32)
-        scan = partial(
-            selective_scan, A=A, D=D, rule=config.discretization, form=choose(config.compute, jax.default_backend())
-        )
+        form = choose(config.compute, jax.default_backend(), x.shape[1])
+        scan = partial(selective_scan, A=A, D=D, rule=config.discretization, form=form)
         if cache is None:
             y, _ = scan(x, delta, B=B, C=C, keep=keep)
         else:

@@ -9,7 +9,7 @@ Each inner channel has Z states, which decay and take in the channel's input at 
 - ``parallel``: an associative scan over all tokens; it writes every state of every token, log T times.
 - ``chunked``: sequential, and only the states between chunks are kept: the backward pass computes those of one chunk
   again and pulls the gradient back through it. One row after the other, so that a row's states stay in the cache.
-- ``kernel``: the same in one Pallas kernel each way, for TPUs (``selective_scan_pallas.py``).
+- ``kernel``: the same in one Pallas kernel each way, for TPUs and GPUs (``selective_scan_pallas.py``).
 
 States lie with channels last, (Z, I): channels fill the lanes of vector units, states need no gathering.
 """
@@ -228,13 +228,20 @@ FORMS: dict[str, Callable[..., tuple[Array, Array]]] = {
 }
 
 
-# cpu: two Zen 4 threads, jaxlib 0.10.2 (benchmarks/mamba.py). Elsewhere nothing was measured. The kernel is compiled
-# for TPUs in the tests: 24 MB where ``parallel`` asks for 5 GB (2 x 2,048 tokens, 1,536 channels).
-MEASURED: dict[str, Form] = {"cpu": "chunked", "tpu": "kernel"}
+# The form from each length on. cpu: two Zen 4 threads, jaxlib 0.10.2 (benchmarks/mamba.py --sides xylem:FORM ...).
+# Elsewhere no time was measured: for a TPU the kernel is compiled in the tests and asks for 24 MB where ``parallel``
+# asks for 5 GB (2 x 2,048 tokens, 1,536 channels); no GPU has run its kernel yet, so none is given it unasked.
+MEASURED: dict[str, tuple[tuple[int, Form], ...]] = {
+    "cpu": ((1, "sequential"), (64, "chunked")),
+    "tpu": ((1, "sequential"), (64, "kernel")),
+    "gpu": ((1, "sequential"), (64, "parallel")),
+}
 
 
-def choose(compute: Compute, backend: str) -> Form:
-    """``compute.scan``, with ``auto`` settled: by ``backend``, or the definition for plain kernels."""
+def choose(compute: Compute, backend: str, length: int) -> Form:
+    """``compute.scan``, with ``auto`` settled: by ``backend`` and ``length``, or the definition for plain kernels."""
     if compute.scan != "auto":
         return compute.scan
-    return "sequential" if compute.kernels == "plain" else MEASURED.get(backend, "parallel")
+    if compute.kernels == "plain":
+        return "sequential"
+    return [form for least, form in MEASURED.get(backend, MEASURED["gpu"]) if length >= least][-1]
