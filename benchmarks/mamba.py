@@ -10,7 +10,6 @@ Each side is a process of its own (``sides.py``) with the same allocator setting
 the same weights and see the same inputs, vectors instead of tokens: no embedding and no head takes part. A step
 computes mean(hidden * target) and its gradient by the inputs and every weight of the layers, in float32; the norms of
 the gradients are compared. ``attention`` is our GPT-2 of the same width and as many layers, on the same inputs.
-``mambapy-flush`` is mambapy with torch told to take denormal numbers for 0, as XLA does.
 """
 
 from __future__ import annotations
@@ -77,14 +76,13 @@ def our_step(config: Any, length: int) -> Callable[[int], float]:
     return lambda _: float(jax.block_until_ready(slopes(params, inputs, targets))[0])
 
 
-def mambapy_step(length: int, weights: str, threads: int, flush: bool) -> Callable[[int], float]:
+def mambapy_step(length: int, weights: str, threads: int) -> Callable[[int], float]:
     """mambapy's stack and a last RMSNorm of its own, with our weights."""
     import torch
     from mambapy.mamba import Mamba, MambaConfig, RMSNorm
     from safetensors.torch import load_file
 
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(flush)
     tensors = load_file(f"{weights}/model.safetensors")
     stack, norm = Mamba(MambaConfig(d_model=WIDTH, n_layers=LAYERS)), RMSNorm(WIDTH)
     stack.load_state_dict({name.removeprefix("backbone."): x for name, x in tensors.items() if ".layers." in name})
@@ -108,8 +106,8 @@ def worker(side: str, args: argparse.Namespace) -> None:
         return ours.save(our_config(kind, "auto", length), args.export)
     if kind == "probe":
         return sides.answer(peers.probe)
-    if kind.startswith("mambapy"):
-        return sides.answer(lambda: mambapy_step(length, args.weights, args.threads, kind.endswith("flush")))
+    if kind == "mambapy":
+        return sides.answer(lambda: mambapy_step(length, args.weights, args.threads))
     return sides.answer(lambda: our_step(our_config(kind, form or "auto", length), length))
 
 
@@ -139,8 +137,7 @@ def report(args: argparse.Namespace, rounds: dict[str, list[dict]]) -> None:
         rate, memory = f"{speed[0]:.0f} ({speed[1]:.0f}-{speed[2]:.0f})", f"{counted[-1]['rss'] / 1e9:.2f}"
         print(row(name, rate, f"{1e6 / speed[0]:.0f}", f"{cpu:.2f}", memory))
     us = figures[args.sides[0]]
-    for name in args.sides[1:]:
-        them = figures[name]
+    for name, them in list(figures.items())[1:]:
         ratio = us["tokens_per_second"][0] / them["tokens_per_second"][0]
         middle, low, high = them["first_is_faster_by_round"]
         memory = us["peak_rss_bytes"] / them["peak_rss_bytes"]
@@ -181,7 +178,7 @@ def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=[str(length) for length in LENGTHS], default="1024", help="tokens a row")
-    which = "xylem[:FORM], mambapy[-flush], attention; ratios are those of the first"
+    which = "xylem[:FORM], mambapy, attention; ratios are those of the first"
     parser.add_argument("--sides", nargs="+", default=["xylem", "mambapy"], help=which)
     parser.add_argument("--picture", nargs="+", metavar=("PNG", "JSON"), help="draw earlier results instead")
     sides.add_arguments(parser)
