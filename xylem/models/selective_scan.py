@@ -228,10 +228,10 @@ FORMS: dict[str, Callable[..., tuple[Array, Array]]] = {
 }
 
 
-# The form from each length on. cpu: two Zen 4 threads, jaxlib 0.10.2 (benchmarks/mamba.py --sides xylem:FORM ...), where
-# chunked took the least time at every length tried, 16 to 1,024; one token alone needs no chunk. Elsewhere no time was
-# measured: for a TPU the kernel is compiled in the tests and asks for 24 MB where ``parallel`` asks for 5 GB (2 x 2,048
-# tokens, 1,536 channels); no GPU has run its kernel yet, so none is given it unasked.
+# The form from each length on. cpu: two Zen 4 threads, jaxlib 0.10.2 (benchmarks/README.md), where chunked took the
+# least time at every length tried, 16 to 1,024; one token alone needs no chunk. Elsewhere no time was measured: for a
+# TPU the kernel is compiled in the tests and asks for 24 MB where ``parallel`` asks for 5 GB (2 x 2,048 tokens, 1,536
+# channels); no GPU has run its kernel yet, so none is given it unasked.
 MEASURED: dict[str, tuple[tuple[int, Form], ...]] = {
     "cpu": ((1, "sequential"), (16, "chunked")),
     "tpu": ((1, "sequential"), (64, "kernel")),
@@ -245,4 +245,5 @@ def choose(compute: Compute, backend: str, length: int) -> Form:
         return compute.scan
     if compute.kernels == "plain":
         return "sequential"
-    return [form for least, form in MEASURED.get(backend, MEASURED["gpu"]) if length >= least][-1]
+    table = MEASURED.get(backend, MEASURED["gpu"])
+    return next(form for least, form in reversed(table) if length >= least)

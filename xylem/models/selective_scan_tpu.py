@@ -119,7 +119,8 @@ def _call(body: Any, reverse: bool, chunk: int, interpret: bool, A: Array, *arra
         "channels": (batch, length, inner),
         "part": (batch, blocks, length, states),
     }
-    tokens, scratch = ["channels", "channels", "states", "states", "keep"], [(states, block)]
+    tokens: list[str] = ["channels", "channels", "states", "states", "keep"]
+    scratch: list[tuple[int, ...]] = [(states, block)]
     if reverse:
         inputs = ["A", "before", *tokens, "channels", "state"]
         outputs = ["state", "state", "channels", "channels", "part", "part"]
