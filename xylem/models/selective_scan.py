@@ -230,8 +230,8 @@ FORMS: dict[str, Callable[..., tuple[Array, Array]]] = {
 
 # The form from each length on. cpu: two Zen 4 threads, jaxlib 0.10.2 (benchmarks/README.md), where chunked took the
 # least time at every length tried, 16 to 1,024; one token alone needs no chunk. Elsewhere no time was measured: for a
-# TPU the kernel is compiled in the tests and asks for 24 MB where ``parallel`` asks for 5 GB (2 x 2,048 tokens, 1,536
-# channels); no GPU has run its kernel yet, so none is given it unasked.
+# TPU v5e the kernel is compiled in the tests and asks for no main memory of its own where ``parallel`` asks for 5.7 GB
+# (2 x 2,048 tokens, 1,536 channels); no GPU has run its kernel yet, so none is given it unasked.
 MEASURED: dict[str, tuple[tuple[int, Form], ...]] = {
     "cpu": ((1, "sequential"), (16, "chunked")),
     "tpu": ((1, "sequential"), (64, "kernel")),
