@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import same
+from checkpoints import change_config, same
 from oracles import Pair, error, of_class, pair, random_encoder, random_gpt1, random_gpt2, tree_error
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from xylem.errors import ConfigError
 from xylem.models import build, heads, hub
 from xylem.training.classification import text_classification, text_classification_with_lm, token_classification
 from xylem.training.config import ObjectiveConfig
@@ -167,3 +168,20 @@ def test_classification_with_auxiliary_language_modelling_equals_hugging_face(rn
     measured = max(values, tree_error(gradient, expected))
     row = "gpt1: classification and its auxiliary objective, loss and gradients"
     proof(row, "OpenAIGPTDoubleHeadsModel, autograd", measured, GRADIENTS, rng_seed, "lambda a tenth smaller")
+
+
+def test_a_tagger_of_an_old_release_loads_without_the_pooler_it_stored(rng_seed, tmp_path):
+    made = pair(random_model(np.random.default_rng(rng_seed), "bert", "tagger", 3), tmp_path / "hf")
+    stored = load_file(tmp_path / "hf/model.safetensors")
+    width = made.config.d_model
+    stored |= {"bert.pooler.dense.weight": np.ones((width, width), np.float32)}
+    stored |= {"bert.pooler.dense.bias": np.ones(width, np.float32)}
+    save_file(stored, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    assert same(hub.load(tmp_path / "hf")[1], made.params)
+
+
+def test_a_head_of_other_labels_than_its_config_says_is_named(rng_seed, tmp_path):
+    pair(random_model(np.random.default_rng(rng_seed), "albert", "classifier", 3), tmp_path / "hf")
+    change_config(tmp_path / "hf", id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
+    with pytest.raises(ConfigError, match=r"classifier/kernel: .3, \d+. is not possible; classifier.weight"):
+        hub.load(tmp_path / "hf")

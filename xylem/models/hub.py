@@ -82,7 +82,8 @@ def save(
 ) -> None:
     """Write a folder that Hugging Face's language model of the family loads to the same function.
 
-    The folder appears whole or not at all. Weights that are not plain arrays are materialized.
+    The folder appears whole or not at all. A tree with a head of ``heads.py`` is written as the class that has it, its
+    labels numbered. Weights that are not plain arrays are materialized.
 
     Args:
         folder: a new or an empty folder.
@@ -162,7 +163,7 @@ def parameter_shapes(
     """Path -> shape and type of every parameter, without computing one; ``head`` is what ``heads.held`` gives."""
 
     def make(key: PRNGKeyArray) -> dict[str, Any]:
-        params = build(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        params: Any = build(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
         return params if head is None else heads.add(config, params, key, *head)
 
     return flatten(jax.eval_shape(make, jax.random.key(0)))
