@@ -107,6 +107,13 @@ def _randomised(kind: Any, config: Any, rng: np.random.Generator) -> Any:
     return model
 
 
+def of_class(name: str, model: Any, rng: np.random.Generator) -> Any:
+    """A model of another class with the configuration of ``model``, every parameter random."""
+    import transformers
+
+    return _randomised(getattr(transformers, name), model.config, rng)
+
+
 def pair(model: Any, folder: Path, **saving: Any) -> Pair:
     """Write the reference, read it back through ``hub``."""
     model.save_pretrained(folder, **saving)

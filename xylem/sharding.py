@@ -58,10 +58,10 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(encoder|decoder)/relative_bias/embedding", P(None, "tensor")),
     (_SIDE + r"final_norm/(scale|bias)", P()),
     (r"head/kernel", P("fsdp", "tensor")),
-    (r"(head/transform|pooler)/kernel", P("fsdp", "tensor")),
-    (r"pair_head/kernel", P("fsdp")),
+    (r"(head/transform|pooler|classifier/dense)/kernel", P("fsdp", "tensor")),
+    (r"(pair_head|classifier|tagger)/kernel", P("fsdp", None)),
     (r"head/norm/(scale|bias)", P()),
-    (r"(head|head/transform|pooler|pair_head)/bias", P()),
+    (r"(head|head/transform|pooler|pair_head|classifier|classifier/dense|tagger)/bias", P()),
 )
 # Which axis is the vocabulary. Published ones are often divisible by nothing (GPT-2's is 50,257): where the mesh does
 # not divide it, this axis alone stays whole.

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from xylem import models, sharding
+from xylem.models import heads
 from xylem.models.config import Compute
 from xylem.models.leaves import LowRank, Quantized
 from xylem.models.llama import llama
@@ -48,6 +49,23 @@ def with_adapters(params: dict) -> dict:
     return {**params, "layers": {**params["layers"], **{f"{part}_adapter": slot for part in parts}}}
 
 
+def with_fresh_heads(preset: str) -> dict:
+    """A preset's abstract tree with a classifier and a tagger beside it."""
+    config, key = models.PRESETS[preset](), jax.random.key(0)
+    made = lambda kind: jax.eval_shape(lambda p: heads.add(config, p, key, 3, kind), shapes(preset))  # noqa: E731
+    return {**made("tagger"), **made("classifier")}
+
+
+@pytest.mark.parametrize("preset", ["bert_base", "roberta_base", "albert_base"])
+def test_every_weight_of_a_head_matches_one_rule_and_is_divided(preset):
+    placed = flat(shardings(with_fresh_heads(preset), make_mesh(1, 4, 2)))  # refuses what the mesh does not divide
+    assert placed["classifier/kernel"].spec == placed["tagger/kernel"].spec == P("fsdp", None)
+
+
+def test_a_mesh_of_four_divides_the_head_of_pairs():
+    assert flat(shardings(shapes("bert_base"), make_mesh(1, 4, 2)))["pair_head/kernel"].spec == P("fsdp", None)
+
+
 @pytest.mark.parametrize("preset", sorted(models.PRESETS))
 def test_every_weight_of_every_preset_matches_exactly_one_rule(preset):
     params = with_adapters(shapes(preset))
@@ -63,6 +81,7 @@ def test_every_rule_is_used_by_some_preset():
     recurrent = models.build(lstm(2, 8, 9, 7))  # of which no size was published
     tokens = jnp.zeros((1, 2), jnp.int32)
     names |= set(flat(jax.eval_shape(recurrent.init, jax.random.key(0), tokens)["params"]))
+    names |= {name for preset in ("bert_base", "roberta_base") for name in flat(with_fresh_heads(preset))}
     unused = [rule for rule, _ in sharding.RULES if not any(re.fullmatch(rule, name) for name in names)]
     assert not unused
 

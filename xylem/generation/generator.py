@@ -12,11 +12,15 @@ from jaxtyping import PRNGKeyArray
 from xylem.data.tokenizers import Tokenizer
 from xylem.generation.sampling import Sampling, generate
 from xylem.models.language_model import LanguageModel
+from xylem.models.seq2seq import Seq2Seq
 
 
 @dataclass(frozen=True)
 class Generator:
-    """``Generator(module, params, tokenizer)(texts, sampling)`` continues texts; what prompting and servers call."""
+    """``Generator(module, params, tokenizer)(texts, sampling)`` continues texts; what prompting and servers call.
+
+    An encoder-decoder reads each text with the end-of-text token behind it, as it was trained, and writes its own.
+    """
 
     module: LanguageModel
     params: Any
@@ -35,6 +39,10 @@ class Generator:
 
     def _continue(self, prompts: list[list[int]], sampling: Sampling, key: PRNGKeyArray | None) -> list[str]:
         stop = tuple(dict.fromkeys((*sampling.stop, *self.tokenizer.stop)))
-        key = jax.random.key(0) if key is None else key
+        key, answers = jax.random.key(0) if key is None else key, isinstance(self.module, Seq2Seq)
+        if answers:
+            prompts = [[*prompt, self.tokenizer.end_of_text] for prompt in prompts]
         completions = generate(self.module, self.params, prompts, replace(sampling, stop=stop), key)
+        if answers:
+            return [self.tokenizer.decode(tokens) for tokens in completions.tokens]
         return [self.tokenizer.decode_after(*pair) for pair in zip(prompts, completions.tokens, strict=True)]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.errors import ConfigError
 from xylem.models.language_model import LanguageModel
+from xylem.models.seq2seq import Seq2Seq
 
 BUCKET = 32  # prompt lengths and budgets are rounded up to this, so that few shapes are ever compiled
 
@@ -49,7 +50,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completions:
-    """What was generated for each prompt, without the prompt and without the stop token.
+    """What was generated for each prompt, without the prompt (or what starts a target) and without the stop token.
 
     Attributes:
         tokens: one array of ids a prompt.
@@ -100,9 +101,7 @@ def _loop(
     ``limit`` tokens are written at most; there is room for ``sampling.max_new_tokens``, which is rounded up.
     """
     batch = prompts.shape[0]
-    real = (jnp.arange(prompts.shape[1])[None, :] < lengths[:, None]).astype(jnp.int32)
-    out: Any = module.apply({"params": params}, prompts, segments=real, cache=module.init_cache(batch, capacity))
-    last = out.hidden[jnp.arange(batch), lengths - 1]  # the head sees one position a row, not the whole prompt
+    last, cache = _read(module, params, prompts, lengths, capacity)
     stop = jnp.array(sampling.stop, jnp.int32)
 
     def unfinished(carry):
@@ -118,9 +117,24 @@ def _loop(
         return step + 1, out.hidden[:, 0], out.cache, tokens, stopped, counts + ~stopped
 
     room = jnp.zeros((batch, sampling.max_new_tokens), jnp.int32)
-    start = (jnp.int32(0), last, out.cache, room, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
+    start = (jnp.int32(0), last, cache, room, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
     carry = jax.lax.while_loop(unfinished, write, start)
     return carry[3], carry[5]
+
+
+def _read(
+    module: LanguageModel, params: Any, prompts: Int[Array, "B T"], lengths: Int[Array, "B"], capacity: int
+) -> tuple[Float[Array, "B D"], Any]:
+    """The state that the first new token is drawn from, and the cache; an encoder-decoder starts an empty target."""
+    batch = prompts.shape[0]
+    real = (jnp.arange(prompts.shape[1])[None, :] < lengths[:, None]).astype(jnp.int32)
+    if isinstance(module, Seq2Seq):
+        cache = module.start(params, prompts, capacity, real)
+        prompts, lengths, real = jnp.full((batch, 1), module.config.decoder_start), jnp.ones_like(lengths), None
+    else:
+        cache = module.init_cache(batch, capacity)
+    out: Any = module.apply({"params": params}, prompts, segments=real, cache=cache)
+    return out.hidden[jnp.arange(batch), lengths - 1], out.cache  # the head sees one position a row, not the prompt
 
 
 def generate(
@@ -128,30 +142,38 @@ def generate(
 ) -> Completions:
     """Continue each prompt (ids, at least one) until a stop token or ``sampling.max_new_tokens``.
 
+    An encoder-decoder reads the prompt as its source and writes the target behind ``decoder_start``.
+
     A row's tokens do not depend on how its neighbours' prompts are padded; greedy rows not on their neighbours at all.
 
     Raises:
         ConfigError: an empty prompt, an id outside the vocabulary, or more tokens than the model's ``max_length``.
     """
     config = module.config
+    reads = config.encoder if isinstance(module, Seq2Seq) else config
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(prompts) or lengths.min() == 0:
         raise ConfigError("prompts", list(prompts), "there must be at least one, and each needs at least one token")
     for prompt in prompts:
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ConfigError("prompts", list(prompt), f"ids must lie in [0, {config.vocab_size})")
-    longest = int(lengths.max()) + sampling.max_new_tokens
-    if longest > config.max_length:
-        allowed = f"prompt and new tokens together must fit the model's max_length = {config.max_length}"
-        raise ConfigError("max_new_tokens", f"{lengths.max()} + {sampling.max_new_tokens}", allowed)
-    up = lambda size: min(config.max_length, -(-size // BUCKET) * BUCKET)  # noqa: E731
-    padded = np.zeros((len(prompts), up(int(lengths.max()))), np.int32)
+    read, written = int(lengths.max()), sampling.max_new_tokens
+    # What the cache holds: the prompt and what is written; of a target, the id that starts it and what is written.
+    start = 1 if isinstance(module, Seq2Seq) else read
+    if start + written > config.max_length:
+        what = "a target's start" if isinstance(module, Seq2Seq) else "prompt"
+        allowed = f"{what} and new tokens together must fit the model's max_length = {config.max_length}"
+        raise ConfigError("max_new_tokens", f"{start} + {written}", allowed)
+    if read > reads.max_length:
+        raise ConfigError("prompts", f"{read} tokens", f"the encoder's max_length is {reads.max_length}")
+    up = lambda size, most=config.max_length: min(most, -(-size // BUCKET) * BUCKET)  # noqa: E731
+    padded = np.zeros((len(prompts), up(read, reads.max_length)), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    limit, rounded = sampling.max_new_tokens, replace(sampling, max_new_tokens=up(sampling.max_new_tokens))
-    written = _loop(module, params, padded, lengths, limit, key, sampling=rounded, capacity=up(longest))
-    tokens, counts = map(np.asarray, written)
+    rounded, capacity = replace(sampling, max_new_tokens=up(written)), up(start + written)
+    out = _loop(module, params, padded, lengths, written, key, sampling=rounded, capacity=capacity)
+    tokens, counts = map(np.asarray, out)
     return Completions(
         tokens=[row[:count] for row, count in zip(tokens, counts, strict=True)],
-        stopped=[bool(count < limit) for count in counts],
+        stopped=[bool(count < written) for count in counts],
     )

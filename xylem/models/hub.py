@@ -17,14 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 from safetensors import SafetensorError
 
 from xylem.errors import CheckpointError, ConfigError
 from xylem.files import read_object, whole_folder
-from xylem.models import build, shards
+from xylem.models import build, heads, shards
 from xylem.models.config import Compute, ModelConfig
 from xylem.models.conversion import Place, Row, Source, flatten, listed, read, rows_for, write
 from xylem.models.families import FAMILIES, NAMES, Family
+from xylem.models.families.family import size, value
 
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 2 << 30
@@ -56,17 +58,17 @@ def load(
     if path.suffix == ".gguf":
         from xylem.models import gguf
 
-        (config, rows, sources), optional = gguf.open_file(path), ()
+        (config, rows, sources), optional, head = gguf.open_file(path), (), None
     elif path.suffix == ".onnx":
         from xylem.models import onnx_bert
 
-        (config, rows, sources), optional = onnx_bert.open_file(path), ("head", "pair_head", "pooler")
+        (config, rows, sources), optional, head = onnx_bert.open_file(path), ("head", "pair_head", "pooler"), None
     else:
-        config, family, sources = _open_folder(path)
-        rows, optional = family.table(config), family.optional
+        config, family, sources, head = _open_folder(path)
+        rows, optional = family.table(config), family.optional if head is None else ()
     config = config.with_compute(Compute(dtype=name, param_dtype=name))
     place = place or (lambda _, leaf: jax.device_put(leaf))
-    template = _present(parameter_shapes(config), rows, sources, optional)
+    template = _present(parameter_shapes(config, head), rows, sources, optional)
     head_dim = getattr(config, "head_dim", 1)  # only attention has heads, and rows that it interleaves
     return config, read(str(path), rows, sources, template, head_dim, place)
 
@@ -80,7 +82,8 @@ def save(
 ) -> None:
     """Write a folder that Hugging Face's language model of the family loads to the same function.
 
-    The folder appears whole or not at all. Weights that are not plain arrays are materialized.
+    The folder appears whole or not at all. A tree with a head of ``heads.py`` is written as the class that has it, its
+    labels numbered. Weights that are not plain arrays are materialized.
 
     Args:
         folder: a new or an empty folder.
@@ -98,12 +101,15 @@ def save(
     if tokenizer_file is not None and not Path(tokenizer_file).is_file():
         raise ConfigError("tokenizer_file", str(tokenizer_file), "there is no such file")
     model_type, described = describe(config)
-    flat, template = flatten(params), parameter_shapes(config)
+    head = heads.held(dict(params))
+    flat, template = flatten(params), parameter_shapes(config, head)
     _check_tree(flat, template)
+    family = FAMILIES[model_type]
+    if head is not None:
+        described |= _described_head(family, *head)
     described["torch_dtype"] = np.dtype(flat["embed/embedding"].dtype).name
     try:
         with whole_folder(folder) as draft:
-            family = FAMILIES[model_type]
             _write_weights(draft, family, rows_for(family.table(config), template), flat, template, shard_bytes)
             shards.write_json(draft / "config.json", described)
             if tokenizer_file is not None:
@@ -151,10 +157,35 @@ def _differing(ours: Any, theirs: Any, prefix: str = "") -> dict[str, Any]:
     return lost
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape and type of every parameter, without computing one."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return flatten(jax.eval_shape(build(config).init, jax.random.key(0), tokens)["params"])
+def parameter_shapes(
+    config: ModelConfig, head: tuple[int, heads.Kind] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and type of every parameter, without computing one; ``head`` is what ``heads.held`` gives."""
+
+    def make(key: PRNGKeyArray) -> dict[str, Any]:
+        params: Any = build(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return params if head is None else heads.add(config, params, key, *head)
+
+    return flatten(jax.eval_shape(make, jax.random.key(0)))
+
+
+def _described_head(family: Family, num_labels: int, kind: heads.Kind) -> dict[str, Any]:
+    """What ``config.json`` says of a head."""
+    if kind not in family.heads:
+        raise ConfigError("params", kind, f"transformers stores no such head of a {family.architecture}")
+    labels = {index: f"LABEL_{index}" for index in range(num_labels)}
+    words = {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+    return {"architectures": [family.heads[kind]], **words}
+
+
+def _head_of(raw: Mapping[str, Any], family: Family) -> tuple[int, heads.Kind] | None:
+    """The head that a ``config.json`` tells of: how many labels, and its kind."""
+    classes = value(raw, "architectures", list, [])
+    kind: Any = next((kind for kind, name in family.heads.items() if name in classes), None)
+    if kind is None:
+        return None
+    # Two labels, transformers' default, are not written down.
+    return len(value(raw, "id2label", dict, {})) or size(raw, "num_labels", 2), kind
 
 
 def _present(
@@ -169,7 +200,9 @@ def _present(
     return {path: leaf for path, leaf in template.items() if not path.startswith(lacking)}
 
 
-def _open_folder(folder: Path) -> tuple[ModelConfig, Family, dict[str, Source]]:
+def _open_folder(
+    folder: Path,
+) -> tuple[ModelConfig, Family, dict[str, Source], tuple[int, heads.Kind] | None]:
     if not folder.is_dir():
         hint = "there is no such folder or file"
         if folder.is_file():
@@ -184,16 +217,18 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Family, dict[str, Source]]:
     tensors = shards.tensors(folder)
     family = FAMILIES[str(model_type)] if model_type is not None else _family_of(tensors)
     config = family.to_config({**raw, "holds_head": "lm_head.weight" in tensors})
-    sources = {}
+    head, sources = _head_of(raw, family), {}
     for name, tensor in tensors.items():
         name = name.removeprefix(family.prefix)
+        if head is not None and head[1] == "tagger" and name.startswith("pooler."):
+            continue  # old releases stored it, nothing read it
         if family.ignored.fullmatch(name) or (name == "lm_head.weight" and config.head != "untied"):
             continue
         if tensor.dtype not in shards.TYPES:
             known = ", ".join(shards.TYPES)
             raise ConfigError(name, tensor.dtype, f"in {tensor.file}: types that can be read are {known}", shards.TYPES)
         sources[name] = tensor
-    return config, family, sources
+    return config, family, sources, head
 
 
 def _family_of(tensors: Iterable[str]) -> Family:

@@ -52,6 +52,8 @@ def _head(transform: str, scales: str, bias: str) -> tuple[Row, ...]:
     return *linear(transform, "head/transform"), *norm(scales, "head/norm"), Row(bias, ("head/bias",))
 
 
+# One name for two heads: a file has one of them, and its class says which.
+HEADS = (*linear("classifier", "classifier"), *linear("classifier", "tagger"))
 BERT_LAYERS = _layers(
     "encoder.layer.{layer}",
     "attention.self",
@@ -65,8 +67,16 @@ BERT_ROWS = (
     *linear("pooler.dense", "pooler"),
     *_head("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
     *linear("cls.seq_relationship", "pair_head"),
+    *HEADS,
 )
-ROBERTA_ROWS = (*EMBEDDINGS, *BERT_LAYERS, *_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"))
+ROBERTA_ROWS = (
+    *EMBEDDINGS,
+    *BERT_LAYERS,
+    *_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+    *linear("classifier.dense", "classifier/dense"),
+    *linear("classifier.out_proj", "classifier"),
+    *linear("classifier", "tagger"),
+)
 ALBERT_ROWS = (
     *EMBEDDINGS,
     *linear("encoder.embedding_hidden_mapping_in", "embed_projection"),
@@ -80,7 +90,12 @@ ALBERT_ROWS = (
     *linear("pooler", "pooler"),
     *_head("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
     *linear("sop_classifier.classifier", "pair_head"),
+    *HEADS,
 )
+
+
+def _classes(name: str) -> dict[str, str]:
+    return {"classifier": f"{name}ForSequenceClassification", "tagger": f"{name}ForTokenClassification"}
 
 
 def _common(raw: Mapping[str, Any], family: str, config: TransformerConfig) -> TransformerConfig:
@@ -151,30 +166,33 @@ def _albert_from_config(config: TransformerConfig) -> dict[str, Any]:
 BERT = Family(
     architecture="BertForPreTraining",
     prefix="bert.",
-    outside=re.compile(r"cls\..*"),
+    outside=re.compile(r"(cls|classifier)\..*"),
     rows=BERT_ROWS,
     ignored=re.compile(r"embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)"),
     to_config=_bert_to_config,
     from_config=_written,
     optional=("head", "pair_head", "pooler"),
+    heads=_classes("Bert"),
 )
 ROBERTA = Family(
     architecture="RobertaForMaskedLM",
     prefix="roberta.",
-    outside=re.compile(r"lm_head\..*"),
+    outside=re.compile(r"(lm_head|classifier)\..*"),
     rows=ROBERTA_ROWS,
     ignored=re.compile(r"embeddings\.position_ids|lm_head\.decoder\.(weight|bias)|pooler\.dense\.(weight|bias)"),
     to_config=_roberta_to_config,
     from_config=_roberta_from_config,
     optional=("head",),
+    heads=_classes("Roberta"),
 )
 ALBERT = Family(
     architecture="AlbertForPreTraining",
     prefix="albert.",
-    outside=re.compile(r"(predictions|sop_classifier)\..*"),
+    outside=re.compile(r"(predictions|sop_classifier|classifier)\..*"),
     rows=ALBERT_ROWS,
     ignored=re.compile(r"embeddings\.position_ids|predictions\.decoder\.(weight|bias)"),
     to_config=_albert_to_config,
     from_config=_albert_from_config,
     optional=("head", "pair_head", "pooler"),
+    heads=_classes("Albert"),
 )

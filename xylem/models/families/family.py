@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from xylem.errors import ConfigError
@@ -27,6 +27,7 @@ class Family:
         optional: parts of our tree that a file may lack, each as a whole: heads that it was saved without.
         to_config: ``config.json`` -> configuration; ``holds_head`` is added to it, whether the file has lm_head.weight.
         from_config: the other way; what it cannot express shows when its result is read back.
+        heads: transformers' classes of a network with a head of ``models/heads.py``, by its kind.
     """
 
     architecture: str
@@ -37,6 +38,7 @@ class Family:
     to_config: Callable[[Mapping[str, Any]], Any]
     from_config: Callable[[Any], dict[str, Any]]
     optional: tuple[str, ...] = ()
+    heads: Mapping[str, str] = field(default_factory=dict)
 
     def table(self, config: Any) -> tuple[Row, ...]:
         """The rows of a configuration."""

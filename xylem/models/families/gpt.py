@@ -45,6 +45,7 @@ GPT2_ROWS = (
     *_both("h.{layer}.mlp.c_proj", "layers/mlp/down"),
     *norm("ln_f", "final_norm"),
     Row("lm_head.weight", ("head/kernel",), transposed=True),
+    Row("score.weight", ("classifier/kernel",), transposed=True),
 )
 
 
@@ -81,18 +82,19 @@ def _gpt2_from_config(config: TransformerConfig) -> dict[str, Any]:
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
-    outside=re.compile(r"lm_head\.weight"),
+    outside=re.compile(r"(lm_head|score)\.weight"),
     rows=GPT2_ROWS,
     ignored=re.compile(r"h\.\d+\.attn\.(masked_)?bias"),
     to_config=_gpt2_to_config,
     from_config=_gpt2_from_config,
+    heads={"classifier": "GPT2ForSequenceClassification"},
 )
 
 # GPT-1 names the embeddings otherwise and has no last norm; the norms stand behind the sublayers under the same names.
 GPT1_ROWS = (
     Row("tokens_embed.weight", ("embed/embedding",)),
     Row("positions_embed.weight", ("positions/embedding",)),
-    *(row for row in GPT2_ROWS if row.theirs.startswith("h.")),
+    *(row for row in GPT2_ROWS if row.theirs.startswith(("h.", "score."))),
 )
 
 
@@ -136,4 +138,5 @@ GPT1 = Family(
     ignored=re.compile(r"h\.\d+\.attn\.bias|lm_head\.weight|position_ids"),
     to_config=_gpt1_to_config,
     from_config=_gpt1_from_config,
+    heads={"classifier": "OpenAIGPTForSequenceClassification"},
 )

@@ -1,0 +1,150 @@
+"""Scheduled sampling: its schedules, teacher forcing at one end, the model's own writing at the other."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from draws import BAR, standard_errors
+
+from xylem.errors import ConfigError
+from xylem.models import build
+from xylem.models.config import Compute
+from xylem.models.gpt import gpt
+from xylem.models.llama import llama
+from xylem.models.rnn import gru, lstm
+from xylem.training import scheduled_sampling as subject
+from xylem.training.config import ObjectiveConfig
+from xylem.training.objectives import causal_lm
+from xylem.training.scheduled_sampling import mixed_inputs, scheduled_sampling
+
+B, T, V = 3, 13, 11
+PLAIN = Compute(layers="scan", kernels="plain")
+CONFIGS = {
+    "gpt": replace(gpt(2, 12, 3, V, T), compute=PLAIN, dropout=0.2),
+    "llama": replace(llama(2, 16, 4, 2, 21, V, T, rope_theta=77.0, norm_eps=1e-4), compute=PLAIN),
+    "lstm": replace(lstm(2, 10, V, T), compute=PLAIN),
+    "gru": replace(gru(1, 10, V, T), compute=PLAIN),
+}
+SEGMENTS = jnp.array([[1] * T, [1] * 5 + [2] * 6 + [0] * 2, [1] * 4 + [0] * (T - 4)])
+
+
+@pytest.fixture(params=list(CONFIGS))
+def case(request, rng_seed):
+    """A model far from uniform, and a batch of two documents in a row, padding behind them."""
+    module, keys = build(CONFIGS[request.param]), jax.random.split(jax.random.key(rng_seed), 3)
+    tokens = jax.random.randint(keys[0], (B, T + 1), 0, V)
+    params = jax.jit(module.init)(keys[1], tokens[:, :2])["params"]
+    params = jax.tree.map(lambda x: 3.0 * x + 0.1, params)
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segments": SEGMENTS}
+    return module, params, batch | {"weights": (SEGMENTS > 0).astype(jnp.float32)}, keys[2]
+
+
+def formula(name: str, step: int) -> float:
+    """Section 2.4, with the constants of the test below."""
+    if name == "linear":
+        return max(0.25, 0.9 - 0.013 * step)
+    return 0.97**step if name == "exponential" else 12.0 / (12.0 + math.exp(step / 12.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("linear", (0.9, 0.013, 0.25)), ("exponential", (0.97,)), ("inverse_sigmoid", (12.0,))]
+)
+def test_epsilon_equals_the_formulas_of_the_paper(name, settings):
+    schedule = jax.jit(getattr(subject, name)(*settings))
+    found = [float(schedule(step)) for step in range(120)]
+    np.testing.assert_allclose(found, [formula(name, step) for step in range(120)], rtol=2e-5)
+    assert all(np.diff(found) <= 0) and 0 <= found[-1] < found[0] <= 1
+    assert 0.0 <= float(schedule(10**7)) <= 0.25, "no overflow long after the fall"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: subject.linear(0.9, 0.1, 1.0), "least: 1.0"),
+        (lambda: subject.linear(0.2, 0.1, 0.3), "start: 0.2"),
+        (lambda: subject.linear(0.9, -0.1, 0.3), "slope: -0.1"),
+        (lambda: subject.exponential(1.0), "base: 1.0"),
+        (lambda: subject.inverse_sigmoid(0.5), "k: 0.5"),
+    ],
+)
+def test_schedules_that_cannot_be_are_named(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_at_probability_one_it_is_teacher_forcing_to_the_bit(case):
+    module, params, batch, key = case
+    sampled = partial(scheduled_sampling, module, ObjectiveConfig(), batch=batch, rng=key)
+    forced = partial(causal_lm, module, ObjectiveConfig(), batch=batch, rng=key)
+    both = jax.jit(lambda p, e: jax.value_and_grad(lambda q: sampled(params=q, epsilon=e).loss)(p))
+    plain = jax.jit(jax.value_and_grad(lambda q: forced(params=q).loss))
+    found, expected, mixed = both(params, 1.0), plain(params), both(params, 0.5)
+    assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    assert float(mixed[0]) != float(expected[0])
+
+
+def test_inputs_equal_a_slow_loop_with_the_same_randomness(case, rng_seed, proof):
+    module, params, batch, key = case
+    epsilon, coins_draws = 0.4, jax.random.split(key)
+    coins = np.asarray(jax.random.bernoulli(coins_draws[0], epsilon, (B, T)))
+    keys = jax.random.split(coins_draws[1], T)
+    mix = jax.jit(partial(mixed_inputs, module))
+    mixed = mix(params, batch["tokens"], SEGMENTS, key, epsilon)
+    apply = jax.jit(lambda tokens: module.apply({"params": params}, tokens, segments=SEGMENTS).logits)
+    shown, segments = np.array(batch["tokens"]), np.asarray(SEGMENTS)
+    for t in range(1, T):
+        logits = apply(jnp.asarray(shown))[:, t - 1]  # all that has been read, anew, without a cache
+        drawn = np.asarray(jax.random.categorical(keys[t - 1], logits))
+        for row in range(B):
+            if segments[row, t] > 0 and segments[row, t] == segments[row, t - 1] and not coins[row, t]:
+                shown[row, t] = drawn[row]
+    all_drawn = mix(params, batch["tokens"], jnp.ones_like(SEGMENTS), key, 0.0)
+    assert bool((all_drawn != shown).any()) and bool((batch["tokens"] != shown).any())
+    row, oracle = (
+        f"{type(module).__name__} {module.config.family}: scheduled sampling, inputs",
+        "a loop without a cache",
+    )
+    proof(row, oracle, int((np.asarray(mixed) != shown).sum()), 0, rng_seed, "padding and all drawn")
+
+
+def test_at_probability_zero_inputs_are_the_models_own_samples(rng_seed):
+    module = build(CONFIGS["lstm"])
+    params = jax.jit(module.init)(jax.random.key(rng_seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.tree.map(lambda x: 2.0 * x, params)
+    rows = 20_000
+    tokens = jnp.tile(jnp.array([[4, 0, 0]]), (rows, 1))
+    shown = np.asarray(jax.jit(partial(mixed_inputs, module))(params, tokens, None, jax.random.key(rng_seed + 1), 0.0))
+    assert (shown[:, 0] == 4).all()
+    pairs = jnp.array([[4, second] for second in range(V)])
+    likely = jax.nn.softmax(module.apply({"params": params}, pairs).logits)
+    joint = np.asarray(likely[:1, 0].T * likely[:, 1])  # p(second) p(third | second)
+    counts = np.zeros((V, V))
+    np.add.at(counts, (shown[:, 1], shown[:, 2]), 1)
+    assert standard_errors(counts.sum(1), joint.sum(1)) < BAR
+    expected = joint * rows
+    often = expected > 5
+    statistic = ((counts - expected) ** 2 / expected)[often].sum()
+    assert statistic < often.sum() + 6 * (2 * often.sum()) ** 0.5, "chi-square, six standard deviations"
+
+
+def test_the_gradient_is_that_of_the_words_shown(case):
+    module, params, batch, key = case
+    config, epsilon = ObjectiveConfig(), 0.3
+
+    def sampled(params):
+        return scheduled_sampling(module, config, params, batch, key, epsilon).loss
+
+    def shown(params, tokens):
+        return causal_lm(module, config, params, {**batch, "tokens": tokens}, key).loss
+
+    tokens = jax.jit(partial(mixed_inputs, module))(
+        params, batch["tokens"], SEGMENTS, jax.random.fold_in(key, 0), epsilon
+    )
+    assert bool((tokens != batch["tokens"]).any())
+    found, expected = jax.jit(jax.grad(sampled))(params), jax.jit(jax.grad(shown))(params, tokens)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.abs(other).max()))
