@@ -24,7 +24,9 @@ import peers
 import sides
 
 from xylem.models import bart, bert, t5
-from xylem.models.config import Compute, ModelConfig, Seq2SeqConfig, TransformerConfig
+from xylem.models.config import ModelConfig, Seq2SeqConfig, TransformerConfig
+from xylem.models.fused_cross_entropy import cross_entropy, cross_entropy_plain
+from xylem.models.settings import Compute
 
 if TYPE_CHECKING:
     from jax import Array
@@ -156,7 +158,7 @@ def loss(module: Any, params: Any, batch: dict[str, Array], rng: Any) -> Any:
     args = (module.head, module.head_params(params), hidden, batch["labels"], batch["weights"], 0.0, 0.0)
     kernels = fused.choose(module.config.compute, jax.default_backend())
     chunk = kernels.loss_chunk(*batch["labels"].shape, module.config.vocab_size)
-    sums = fused.cross_entropy(*args, chunk) if kernels.cross_entropy else fused.cross_entropy_plain(*args)
+    sums = cross_entropy(*args, chunk) if kernels.cross_entropy else cross_entropy_plain(*args)
     return Sums(*sums, batch["weights"].sum())
 
 

@@ -45,7 +45,7 @@ def data(length: int) -> tuple[np.ndarray, np.ndarray]:
 def our_config(kind: str, form: Any, length: int):
     """A GPT-2 for ``attention``, else a Mamba."""
     from xylem.models import gpt, mamba
-    from xylem.models.config import Compute
+    from xylem.models.settings import Compute
 
     if kind == "attention":
         return gpt.gpt(LAYERS, WIDTH, HEADS, VOCAB, length)

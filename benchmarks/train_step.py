@@ -73,7 +73,7 @@ def our_config(workload: Workload, variant: str):
     from dataclasses import replace
 
     from xylem.models import gpt, llama
-    from xylem.models.config import Compute
+    from xylem.models.settings import Compute
 
     layers, kernels = VARIANTS[variant]
     w = workload

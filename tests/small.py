@@ -5,10 +5,11 @@ from functools import partial
 
 import jax
 
-from xylem.models.config import MambaConfig, RopeScaling, TransformerConfig
+from xylem.models.config import RopeScaling, TransformerConfig
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
 from xylem.models.mamba import mamba
+from xylem.models.state_config import MambaConfig
 
 B, T = 3, 13
 

@@ -40,3 +40,13 @@ def test_launch_keeps_memory_on_a_cpu_and_leaves_a_users_settings_alone():
     ).stdout.strip()
     assert call() == "1"
     assert call(MALLOC_TOP_PAD_="1000") == "None"
+
+
+def test_launch_ends_in_silence_when_nobody_reads():
+    code = "from xylem.launch import launch; launch(lambda a: [print('line', n) for n in range(100_000)])"
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stderr is not None
+    assert run.stdout.readline() == "line 0\n"
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait(60) == 128 + 13
+    run.stderr.close()

@@ -13,9 +13,9 @@ from xylem import models
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
 from xylem.generation.sampling import Sampling, generate
-from xylem.models.config import Compute
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
+from xylem.models.settings import Compute
 from xylem.sharding import batch_sharding, constrain, make_mesh, param_specs, shardings
 from xylem.training.config import OptimizerConfig, RunConfig
 from xylem.training.program import assemble

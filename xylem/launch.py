@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,10 +58,17 @@ def settle_jax(cache: Path | None = None) -> None:
 
 
 def launch(main: Callable[[list[str]], None]) -> None:
-    """Run ``main(arguments)``; a failure the user can mend is one message on stderr and its exit code."""
+    """Run ``main(arguments)``; a failure the user can mend is one message on stderr and its exit code.
+
+    Where nobody reads the output any more (``script --help | head``) the script ends as quietly as any filter does.
+    """
     settle_on_cpu()
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more as it ends
+        sys.exit(128 + signal.SIGPIPE)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(failure.code)

@@ -11,8 +11,8 @@ from xylem import models
 from xylem.data import tokenizers
 from xylem.generation.generator import Generator
 from xylem.generation.sampling import Sampling, generate
-from xylem.models.config import Compute
 from xylem.models.gpt import gpt
+from xylem.models.settings import Compute
 
 GREEDY = Sampling(5, temperature=0.0)
 LINES = ["the tree drinks and the roots grow in the shade of the old tree"] * 20

@@ -10,9 +10,9 @@ import pytest
 from xylem import models
 from xylem.errors import ConfigError
 from xylem.generation.sampling import BUCKET, Sampling, _loop, draw, filter_logits, generate
-from xylem.models.config import Compute
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
+from xylem.models.settings import Compute
 
 VOCAB = 37
 

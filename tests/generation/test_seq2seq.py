@@ -13,7 +13,7 @@ from xylem.generation.generator import Generator
 from xylem.generation.sampling import Sampling, generate
 from xylem.models import build
 from xylem.models.bart import bart
-from xylem.models.config import Compute
+from xylem.models.settings import Compute
 from xylem.models.t5 import t5
 from xylem.models.vanilla import vanilla
 

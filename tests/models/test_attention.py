@@ -11,8 +11,8 @@ from small import B, T, apply, logits
 from xylem import models
 from xylem.models.attention import attend
 from xylem.models.cache import KVCache
-from xylem.models.config import Compute
 from xylem.models.masks import Mask
+from xylem.models.settings import Compute
 
 BAR = 1e-5
 

@@ -11,9 +11,11 @@ from operations import BAR, apart, cross_entropy_case, head, normal, with_gradie
 
 from xylem.models import fused, fused_attention
 from xylem.models.attention import attend
-from xylem.models.config import Compute, RopeScaling
+from xylem.models.config import RopeScaling
+from xylem.models.fused_cross_entropy import cross_entropy, cross_entropy_plain
 from xylem.models.masks import Mask
 from xylem.models.positions import rope_tables, rotate
+from xylem.models.settings import Compute
 
 
 def cases(rng: np.random.Generator) -> dict:
@@ -46,8 +48,8 @@ def cases(rng: np.random.Generator) -> dict:
             (query, key, value, normal(rng, 2, 6, 13, 13)),
         ),
         "cross_entropy": (
-            loss(fused.cross_entropy, 4),
-            loss(fused.cross_entropy_plain),
+            loss(cross_entropy, 4),
+            loss(cross_entropy_plain),
             (learned, hidden, weights),
         ),
     }
@@ -125,7 +127,7 @@ def test_fused_cross_entropy_sharded_equals_unsharded(rng_seed):
 
     @jax.jit
     def run(params, hidden, labels, weights):
-        loss = lambda p, h: fused.cross_entropy(head, p, h, labels, weights, 0.1, 0.01, 3)[0]  # noqa: E731
+        loss = lambda p, h: cross_entropy(head, p, h, labels, weights, 0.1, 0.01, 3)[0]  # noqa: E731
         return jax.value_and_grad(loss, (0, 1), allow_int=True)(params, hidden)
 
     out = run(
@@ -304,14 +306,14 @@ def test_fused_cross_entropy_equals_plain(smoothing, z_loss, chunk, rng_seed):
         learned = {name: params[name] for name in ("kernel", "bias")}
         return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(learned, hidden, weights)
 
-    assert apart(both(fused.cross_entropy, chunk), both(fused.cross_entropy_plain)) <= BAR
+    assert apart(both(cross_entropy, chunk), both(cross_entropy_plain)) <= BAR
 
 
 def test_fused_cross_entropy_pays_only_for_what_is_asked(rng_seed):
     params, hidden, labels, weights = cross_entropy_case(np.random.default_rng(rng_seed))
 
     def loss(p, h):
-        return fused.cross_entropy(head, p, h, labels, weights, 0.0, 0.0, 11)[0]
+        return cross_entropy(head, p, h, labels, weights, 0.0, 0.0, 11)[0]
 
     def products(function):
         return str(jax.make_jaxpr(function)(params, hidden)).count("dot_general")
@@ -341,7 +343,7 @@ def test_fused_cross_entropy_memory_is_a_chunk():
         return slope.compile().memory_analysis().temp_size_in_bytes
 
     logits = 4 * batch * length * vocab
-    assert temporary(fused.cross_entropy, 4) < logits / 2 < logits <= temporary(fused.cross_entropy_plain)
+    assert temporary(cross_entropy, 4) < logits / 2 < logits <= temporary(cross_entropy_plain)
 
 
 def test_choose_settles_auto_by_backend():

@@ -11,10 +11,10 @@ from draws import BAR, standard_errors
 from xylem.errors import ConfigError
 from xylem.models import build, heads, hub
 from xylem.models.bert import albert, bert, roberta
-from xylem.models.config import Compute
 from xylem.models.gpt import gpt1
 from xylem.models.llama import llama
 from xylem.models.rnn import lstm
+from xylem.models.settings import Compute
 
 PLAIN = Compute(layers="scan", kernels="plain")
 CONFIGS = {

@@ -13,11 +13,11 @@ from small import B, T, apply, init, logits, randomise, small_mamba
 from xylem import models
 from xylem.errors import ConfigError
 from xylem.generation.sampling import Sampling, generate
-from xylem.models.config import Compute
 from xylem.models.conversion import flatten, unflatten
 from xylem.models.joined import fuse
 from xylem.models.leaves import LowRank, materialize
 from xylem.models.mamba import mamba
+from xylem.models.settings import Compute
 from xylem.peft import tree
 from xylem.sharding import batch_sharding, make_mesh, param_specs
 from xylem.training.config import ObjectiveConfig, OptimizerConfig

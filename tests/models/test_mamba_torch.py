@@ -26,8 +26,8 @@ from small import apply, small_mamba
 from xylem import models
 from xylem.errors import ConfigError
 from xylem.models import hub
-from xylem.models.config import Compute
 from xylem.models.conversion import flatten, unflatten
+from xylem.models.settings import Compute
 from xylem.peft import tree
 
 pytestmark = pytest.mark.oracle

@@ -14,9 +14,9 @@ from small import B, T, apply, init, logits, randomise
 from xylem.errors import ConfigError
 from xylem.generation.sampling import Sampling, generate
 from xylem.models import cells, rnn
-from xylem.models.config import Compute
 from xylem.models.leaves import LowRank, materialize
 from xylem.models.recurrent import RecurrentLM
+from xylem.models.settings import Compute
 from xylem.peft import tree
 from xylem.sharding import batch_sharding, make_mesh, shardings
 from xylem.training.config import ObjectiveConfig

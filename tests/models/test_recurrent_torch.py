@@ -11,8 +11,8 @@ import pytest
 from operations import apart, normal
 
 from xylem.models import cells, rnn
-from xylem.models.config import Compute
 from xylem.models.recurrent import RecurrentLM
+from xylem.models.settings import Compute
 from xylem.training.config import ObjectiveConfig
 from xylem.training.objectives import truncated
 

@@ -10,8 +10,8 @@ from operations import BAR, apart, normal, with_gradients
 
 from xylem.models import selective_scan as scans
 from xylem.models import selective_scan_gpu, selective_scan_pallas
-from xylem.models.config import Compute
 from xylem.models.selective_scan import selective_scan
+from xylem.models.settings import Compute
 from xylem.sharding import make_mesh
 
 B, T, INNER, Z = 3, 13, 7, 5

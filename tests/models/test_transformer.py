@@ -10,9 +10,9 @@ from operations import apart
 from small import B, T, apply, init, logits
 
 from xylem import models
-from xylem.models.config import Compute
 from xylem.models.gpt import gpt
 from xylem.models.leaves import LowRank, Quantized, materialize
+from xylem.models.settings import Compute
 from xylem.peft import tree
 
 BAR = 1e-5

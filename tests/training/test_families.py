@@ -15,7 +15,7 @@ from xylem.data import pipeline
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
 from xylem.models import bart, bert, mamba, rnn, t5, vanilla
-from xylem.models.config import Compute, from_dict
+from xylem.models.settings import Compute, from_dict
 from xylem.sharding import make_mesh
 from xylem.training.checkpoint import load_params
 from xylem.training.config import (
@@ -157,6 +157,12 @@ def test_every_preset_can_be_started_and_written_down(name):
         (lambda run_of: run_of("t5", objective=MaskedConfig()), "denoising or span_corruption or continuation"),
         (lambda run_of: run_of("lstm", accumulate=2), "accumulate: 2"),
         (lambda run_of: ObjectiveConfig("masked_lm"), "MaskedConfig"),
+        (lambda run_of: MaskedConfig(rate=1.5), "objective.rate: 1.5"),
+        (lambda run_of: MaskedConfig(masked=0.95), "objective.random: 0.1 is not possible; at most 0.05"),
+        (lambda run_of: MaskedConfig(max_ngram=0), "objective.max_ngram: 0"),
+        (lambda run_of: SpanConfig(mean_span=0.5), "objective.mean_span: 0.5"),
+        (lambda run_of: DenoisingConfig(rate=-1.0), "objective.rate: -1"),
+        (lambda run_of: run_of("t5", objective=SpanConfig(noise_density=0.5, sentinels=2)), "at least 3"),
         (lambda run_of: replace(MaskedConfig(), name="causal_lm"), "ObjectiveConfig"),
         (lambda run_of: run_of("bart", data=DataConfig(sequence_length=33)), "max_length is 32"),
     ],

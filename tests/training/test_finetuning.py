@@ -15,8 +15,8 @@ from xylem.data.corpora import WIKITEXT2_PACKAGE
 from xylem.data.tokenizers import train_bpe
 from xylem.models import build, heads
 from xylem.models.bert import bert
-from xylem.models.config import Compute
 from xylem.models.gpt import gpt1
+from xylem.models.settings import Compute
 from xylem.training.classification import text_classification, text_classification_with_lm
 from xylem.training.config import ObjectiveConfig, OptimizerConfig
 from xylem.training.optimizers import make_optimizer

@@ -22,8 +22,8 @@ from xylem import models
 from xylem.data import pipeline
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError, NonFiniteError
-from xylem.models.config import Compute
 from xylem.models.llama import llama
+from xylem.models.settings import Compute
 from xylem.training import loop
 from xylem.training.checkpoint import load_params
 from xylem.training.config import MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig

@@ -10,9 +10,9 @@ import pytest
 from operations import apart
 
 from xylem import models
-from xylem.models.config import Compute
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
+from xylem.models.settings import Compute
 from xylem.training.config import ObjectiveConfig
 from xylem.training.objectives import Sums, causal_lm
 

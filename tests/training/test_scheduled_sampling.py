@@ -12,10 +12,10 @@ from draws import BAR, standard_errors
 
 from xylem.errors import ConfigError
 from xylem.models import build
-from xylem.models.config import Compute
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
 from xylem.models.rnn import gru, lstm
+from xylem.models.settings import Compute
 from xylem.training import scheduled_sampling as subject
 from xylem.training.config import ObjectiveConfig
 from xylem.training.objectives import causal_lm

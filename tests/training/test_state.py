@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from xylem import models, sharding
 from xylem.models import heads
-from xylem.models.config import Compute
 from xylem.models.leaves import LowRank, Quantized
 from xylem.models.llama import llama
 from xylem.models.rnn import lstm
+from xylem.models.settings import Compute
 from xylem.peft import tree
 from xylem.sharding import make_mesh, param_specs, path_name, shardings, spec_for
 from xylem.training.config import OptimizerConfig

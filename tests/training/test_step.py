@@ -11,9 +11,9 @@ import pytest
 from operations import BAR, apart
 
 from xylem import models
-from xylem.models.config import Compute
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
+from xylem.models.settings import Compute
 from xylem.peft import tree
 from xylem.sharding import batch_sharding, make_mesh, path_name
 from xylem.training.config import ObjectiveConfig, OptimizerConfig

@@ -112,6 +112,11 @@ def sizes(length: int, noise_density: float = 0.15, mean_span: float = 3.0) -> t
     return length - noise + spans + 1, noise + spans + 1
 
 
+def count(length: int, noise_density: float = 0.15, mean_span: float = 3.0) -> int:
+    """How many spans are taken out of a text of ``length`` tokens, and so how many sentinels it needs."""
+    return _counts(length, noise_density, mean_span)[1]
+
+
 def task_input(task: str, text: str = "", **fields: str) -> str:
     """Inputs that say what to do with them (section 2.4 and appendix D).
 

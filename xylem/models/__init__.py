@@ -22,7 +22,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xylem.models import bart, bert, gpt, llama, mamba, t5, vanilla
-from xylem.models.config import MambaConfig, ModelConfig, RecurrentConfig, Seq2SeqConfig
+from xylem.models.config import ModelConfig, Seq2SeqConfig
+from xylem.models.state_config import MambaConfig, RecurrentConfig
 
 if TYPE_CHECKING:
     from xylem.models.language_model import LanguageModel

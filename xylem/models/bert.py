@@ -11,13 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from xylem.models.config import (
-    AttentionConfig,
-    EmbeddingConfig,
-    Initializers,
-    PositionConfig,
-    TransformerConfig,
-)
+from xylem.models.config import AttentionConfig, EmbeddingConfig, Initializers, PositionConfig, TransformerConfig
 
 # Normal 0.02 for every weight (google-research/bert, modeling.py, initializer_range; the two others follow it).
 INITIALIZERS = Initializers(embedding=0.02, positions=0.02, kernel=0.02, residual=0.02)

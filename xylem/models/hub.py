@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from xylem.errors import CheckpointError, ConfigError
 from xylem.files import read_object, whole_folder
 from xylem.models import build, heads, shards
-from xylem.models.config import Compute, ModelConfig
+from xylem.models.config import ModelConfig
 from xylem.models.conversion import Place, Row, Source, flatten, listed, read, rows_for, write
 from xylem.models.families import FAMILIES, NAMES, Family
 from xylem.models.families.family import size, value
+from xylem.models.settings import Compute
 
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 2 << 30

@@ -18,10 +18,11 @@ GROUPS = {"attention": ("query", "key", "value"), "mlp": ("up", "gate"), "mixer"
 
 
 def fuse(params: dict[str, Any]) -> dict[str, Any]:
-    """The same network with query, key and value, and up and gate, joined in every run where all are plain arrays.
+    """The same network with the members of each group joined in every run where all are plain arrays.
 
-    The kernels become ``attention/query_key_value/kernel`` (D, (N + 2 K) H) and ``mlp/up_gate/kernel`` (D, 2 F), biases
-    likewise. Where one of a group is a leaf (``leaves.py``), or the group is not whole, it stays as it is.
+    The kernels become ``attention/query_key_value/kernel`` (D, (N + 2 K) H), ``mlp/up_gate/kernel`` (D, 2 F) and
+    ``mixer/input_gate/kernel`` (D, 2 I), biases likewise. Where one of a group is a leaf (``leaves.py``), or the group
+    is not whole, it stays as it is.
     """
 
     def join(layer: dict[str, Any]) -> dict[str, Any]:

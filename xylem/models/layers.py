@@ -17,9 +17,10 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from xylem.models import fused
-from xylem.models.config import MambaConfig, TransformerConfig
+from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice
 from xylem.models.leaves import Leaf
+from xylem.models.state_config import MambaConfig
 
 Site = Callable[[str, Array], Array]
 

@@ -193,7 +193,8 @@ class _Programs:
                     arguments = _of(tuple, stack.pop())
                     stack.append(self.call(stack.pop(), arguments))
                 case "BUILD":  # an OrderedDict's attributes: version numbers of modules
-                    _of(dict, stack.pop()), _of(dict, stack[-1])
+                    for each in (stack.pop(), stack[-1]):
+                        _of(dict, each)
                 case _:
                     raise self.refusal(f"its opcode {opcode.name} is none that a state dict needs")
         raise AssertionError("pickletools ends at STOP or raises")

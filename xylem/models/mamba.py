@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from xylem.models.config import MambaConfig, MambaInitializers
+from xylem.models.state_config import MambaConfig, MambaInitializers
 
 
 def initializers(num_layers: int, d_model: int, d_inner: int, conv_width: int, dt_rank: int) -> MambaInitializers:

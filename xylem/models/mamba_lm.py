@@ -23,12 +23,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xylem.models import fused
 from xylem.models.cache import StateCache
-from xylem.models.config import MambaConfig
 from xylem.models.fused import Choice
 from xylem.models.language_model import Head, LanguageModel, Output
 from xylem.models.layers import Adapter, Dense, Embed, Norm, Site, add_bias, einsum, parameter, side_by_side
 from xylem.models.selective_scan import choose, selective_scan
 from xylem.models.stack import Sites, layer_runs, scan_layers
+from xylem.models.state_config import MambaConfig
 from xylem.sharding import constrain
 
 F32 = jnp.float32

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
 from xylem.errors import ConfigError
-from xylem.models.config import check_choices
+from xylem.models.settings import check_choices
 
 Tree = dict[str, Any]
 

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.models import cells
 from xylem.models.cache import StateCache
-from xylem.models.config import CELL_GATES, RecurrentConfig
 from xylem.models.fused import Choice, choose
 from xylem.models.language_model import Head, LanguageModel, Output
 from xylem.models.layers import Embed, parameter
 from xylem.models.stack import Sites, layer_runs, scan_layers
+from xylem.models.state_config import CELL_GATES, RecurrentConfig
 from xylem.sharding import constrain
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from xylem.models.config import RecurrentConfig, RecurrentInitializers
+from xylem.models.state_config import RecurrentConfig, RecurrentInitializers
 
 
 def recurrent(

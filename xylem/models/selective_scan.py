@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from xylem.models.config import Compute
 from xylem.models.selective_scan_pallas import kernel
+from xylem.models.settings import Compute
 from xylem.sharding import by_parts
 
 F32 = jnp.float32

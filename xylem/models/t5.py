@@ -10,13 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from xylem.models.config import (
-    AttentionConfig,
-    Initializers,
-    PositionConfig,
-    Seq2SeqConfig,
-    TransformerConfig,
-)
+from xylem.models.config import AttentionConfig, Initializers, PositionConfig, Seq2SeqConfig, TransformerConfig
 
 
 def initializers(d_model: int, d_ff: int) -> Initializers:

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from xylem.models import fused, heads
+from xylem.models import heads
+from xylem.models.fused_cross_entropy import cross_entropy_plain
 from xylem.models.language_model import LanguageModel
 from xylem.training.config import ObjectiveConfig
-from xylem.training.objectives import Sums, _apply, _sums
+from xylem.training.objectives import Sums, cross_entropy, forward
 
 AUXILIARY = 0.5  # GPT-1 (Radford et al. 2018), section 4.1: lambda of equation 5
 
@@ -28,7 +29,7 @@ def text_classification(
     rng: PRNGKeyArray | None = None,
 ) -> Sums:
     """The negative log-likelihood of each text's label under ``classifier``."""
-    return _of_texts(config, params, batch, _apply(module, params, batch, rng), rng)
+    return _of_texts(config, params, batch, forward(module, params, batch, rng), rng)
 
 
 def token_classification(
@@ -39,7 +40,7 @@ def token_classification(
     rng: PRNGKeyArray | None = None,
 ) -> Sums:
     """The negative log-likelihood of each token's label under ``tagger``."""
-    out = _apply(module, params, batch, rng)
+    out = forward(module, params, batch, rng)
     states = heads.dropped(out.hidden, _head_rng(rng))
     return _entropy(config, params["tagger"], states, batch["labels"], batch["weights"])
 
@@ -57,12 +58,14 @@ def text_classification_with_lm(
     L1 is a text's mean over its next tokens (openai/finetune-transformer-lm, train.py), so that a text counts by its
     weight whatever its length. ``nll`` is that of the labels alone.
     """
-    out = _apply(module, params, batch, rng)
+    out = forward(module, params, batch, rng)
     sums = _of_texts(config, params, batch, out, rng)
     following = (batch["segments"][:, 1:] > 0).astype(jnp.float32)
     shares = following / jnp.maximum(following.sum(1, keepdims=True), 1.0)
     text = {"labels": batch["tokens"][:, 1:], "weights": shares * batch["weights"][:, None]}
-    return sums.replace(loss=sums.loss + auxiliary * _sums(module, config, params, text, out.hidden[:, :-1]).loss)
+    return sums.replace(
+        loss=sums.loss + auxiliary * cross_entropy(module, config, params, text, out.hidden[:, :-1]).loss
+    )
 
 
 def _of_texts(config: ObjectiveConfig, params: Any, batch: dict[str, Array], out: Any, rng: Any) -> Sums:
@@ -72,7 +75,7 @@ def _of_texts(config: ObjectiveConfig, params: Any, batch: dict[str, Array], out
 
 def _entropy(config: ObjectiveConfig, head: Any, states: Array, labels: Array, weights: Array) -> Sums:
     settings = config.label_smoothing, config.z_loss
-    loss, nll = fused.cross_entropy_plain(heads.scores, head, states, labels, weights, *settings)
+    loss, nll = cross_entropy_plain(heads.scores, head, states, labels, weights, *settings)
     return Sums(loss=loss, nll=nll, weight=weights.sum())
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from xylem.data import spans
+from xylem.data import corruption, spans
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
-from xylem.models.config import MambaConfig, ModelConfig, RecurrentConfig, Seq2SeqConfig, check_choices
+from xylem.models.config import ModelConfig, Seq2SeqConfig
+from xylem.models.settings import check_choices
+from xylem.models.state_config import MambaConfig, RecurrentConfig
 
 if TYPE_CHECKING:
     from xylem.data.tokenizers import Tokenizer
@@ -45,8 +47,8 @@ class ObjectiveConfig:
     def __post_init__(self):
         check_choices(self)
         own = {"masked_lm": MaskedConfig, "span_corruption": SpanConfig, "denoising": DenoisingConfig}
-        if type(self) is not own.get(self.name, ObjectiveConfig):
-            allowed = f"it belongs to another objective's settings, {own.get(self.name, ObjectiveConfig).__name__}"
+        if type(self) is not (wanted := own.get(self.name, ObjectiveConfig)):
+            allowed = f"its settings are a {wanted.__name__}, these are another's: begin with a preset that has it"
             raise ConfigError("objective.name", self.name, allowed)
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ConfigError("objective.label_smoothing", self.label_smoothing, "it must lie in [0, 1)")
@@ -73,6 +75,16 @@ class MaskedConfig(ObjectiveConfig):
     max_ngram: int = 1
     pairs: Literal["none", "next_sentence", "sentence_order"] = "none"
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("rate", "masked", "random"):
+            corruption.check_fraction(f"objective.{name}", getattr(self, name))
+        if self.masked + self.random > 1 + 1e-9:
+            allowed = f"at most {1 - self.masked:g}: objective.masked is {self.masked:g}"
+            raise ConfigError("objective.random", self.random, allowed)
+        if self.max_ngram < 1:
+            raise ConfigError("objective.max_ngram", self.max_ngram, "it must be at least 1")
+
 
 @dataclass(frozen=True)
 class SpanConfig(ObjectiveConfig):
@@ -83,6 +95,14 @@ class SpanConfig(ObjectiveConfig):
     mean_span: float = 3.0
     sentinels: int = 100
 
+    def __post_init__(self):
+        super().__post_init__()
+        corruption.check_fraction("objective.noise_density", self.noise_density)
+        if self.mean_span < 1:
+            raise ConfigError("objective.mean_span", self.mean_span, "it must be at least 1 token")
+        if self.sentinels < 1:
+            raise ConfigError("objective.sentinels", self.sentinels, "it must be at least 1")
+
 
 @dataclass(frozen=True)
 class DenoisingConfig(ObjectiveConfig):
@@ -91,6 +111,12 @@ class DenoisingConfig(ObjectiveConfig):
     name: Objective = "denoising"
     rate: float = 0.3
     mean_span: float = 3.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        corruption.check_fraction("objective.rate", self.rate)
+        if not self.mean_span > 0:
+            raise ConfigError("objective.mean_span", self.mean_span, "it must be positive")
 
 
 @dataclass(frozen=True)
@@ -187,9 +213,18 @@ class RunConfig:
             raise ConfigError("objective.name", self.objective.name, f"this model learns by {' or '.join(allowed)}")
         if self.objective.name == "truncated" and self.accumulate > 1:
             raise ConfigError("accumulate", self.accumulate, "1: each row's state goes on at the next step")
+        if isinstance(self.objective, SpanConfig):
+            self._check_sentinels(self.objective)
         if self.tokens_read > self.model.max_length:
             allowed = f"the model's max_length is {self.model.max_length}"
             raise ConfigError("data.sequence_length", self.data.sequence_length, allowed)
+
+    def _check_sentinels(self, objective: SpanConfig) -> None:
+        length = self.data.sequence_length
+        needed = spans.count(length, objective.noise_density, objective.mean_span)
+        if needed > objective.sentinels:
+            allowed = f"at least {needed}: that many spans are taken out of {length} tokens"
+            raise ConfigError("objective.sentinels", objective.sentinels, allowed)
 
     @property
     def tokens_read(self) -> int:

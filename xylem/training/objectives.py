@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from xylem.models import fused
+from xylem.models import fused, fused_cross_entropy
 from xylem.models.cache import StateCache
 from xylem.models.language_model import LanguageModel
 from xylem.training.config import ObjectiveConfig
@@ -43,8 +43,8 @@ def causal_lm(
     An encoder-decoder predicts its target, from a batch that has ``decoder_tokens``. ``loss`` also holds label
     smoothing and z-loss; ``nll`` never does. With ``rng`` dropout is applied.
     """
-    out = _apply(module, params, batch, rng)
-    return _sums(module, config, params, batch, out.hidden)
+    out = forward(module, params, batch, rng)
+    return cross_entropy(module, config, params, batch, out.hidden)
 
 
 def masked_lm(
@@ -60,8 +60,10 @@ def masked_lm(
     ``loss`` is the mean over hidden tokens plus the mean over pairs (BERT 1810.04805, appendix A.2), a pair counting by
     its hidden tokens, so that any split of a batch adds up to the same; ``nll`` is that of the tokens alone.
     """
-    out: Any = _apply(module, params, batch, rng)
-    sums = _sums(module, config, params, batch, jnp.take_along_axis(out.hidden, batch["places"][..., None], axis=1))
+    out: Any = forward(module, params, batch, rng)
+    sums = cross_entropy(
+        module, config, params, batch, jnp.take_along_axis(out.hidden, batch["places"][..., None], axis=1)
+    )
     if "pair_labels" not in batch:
         return sums
     scores = jax.nn.log_softmax(out.pair_logits)
@@ -84,8 +86,8 @@ def truncated(
     documents within the window. A row whose window opens a new document is rewound by the caller:
     ``cache.rewind(jnp.where(opens, 0, cache.lengths))``.
     """
-    out = _apply(module, params, batch, rng, cache=jax.lax.stop_gradient(cache))
-    return _sums(module, config, params, batch, out.hidden), out.cache
+    out = forward(module, params, batch, rng, cache=jax.lax.stop_gradient(cache))
+    return cross_entropy(module, config, params, batch, out.hidden), out.cache
 
 
 def next_window(
@@ -103,13 +105,16 @@ def next_window(
     return sums.replace(carry=after)
 
 
-def _apply(module: LanguageModel, params: Any, batch: dict[str, Array], rng: PRNGKeyArray | None, **more: Any) -> Any:
+def forward(module: LanguageModel, params: Any, batch: dict[str, Array], rng: PRNGKeyArray | None, **more: Any) -> Any:
+    """The model's Output for a batch, of which it reads what it can; ``more`` are further arguments of the call."""
     rngs = None if rng is None else {"dropout": rng}
     more |= {name: batch[name] for name in ("segments", "token_types", "decoder_tokens") if name in batch}
     return module.apply({"params": params}, batch["tokens"], **more, train=rng is not None, rngs=rngs)
 
 
-def _sums(module: LanguageModel, config: ObjectiveConfig, params: Any, batch: dict[str, Array], hidden: Array) -> Sums:
+def cross_entropy(
+    module: LanguageModel, config: ObjectiveConfig, params: Any, batch: dict[str, Array], hidden: Array
+) -> Sums:
     """The cross-entropy of final states."""
     kernels = fused.choose(module.config.compute, jax.default_backend())
     labels, weights = batch["labels"], batch["weights"]
@@ -117,7 +122,7 @@ def _sums(module: LanguageModel, config: ObjectiveConfig, params: Any, batch: di
     if kernels.cross_entropy:
         batch_size, length = labels.shape
         chunk = kernels.loss_chunk(batch_size, length, module.config.vocab_size)
-        loss, nll = fused.cross_entropy(*args, config.label_smoothing, config.z_loss, chunk)
+        loss, nll = fused_cross_entropy.cross_entropy(*args, config.label_smoothing, config.z_loss, chunk)
     else:
-        loss, nll = fused.cross_entropy_plain(*args, config.label_smoothing, config.z_loss)
+        loss, nll = fused_cross_entropy.cross_entropy_plain(*args, config.label_smoothing, config.z_loss)
     return Sums(loss=loss, nll=nll, weight=weights.sum())

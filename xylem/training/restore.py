@@ -13,8 +13,9 @@ from xylem.data.config import DataConfig
 from xylem.data.pretrained import PRETRAINED, pretrained
 from xylem.errors import ConfigError
 from xylem.models import hub
-from xylem.models.config import ModelConfig, from_dict
+from xylem.models.config import ModelConfig
 from xylem.models.language_model import LanguageModel
+from xylem.models.settings import from_dict
 from xylem.training.checkpoint import load_params
 from xylem.training.config import RunConfig, objectives_of
 from xylem.training.run_folder import CHECKPOINTS, CONFIG

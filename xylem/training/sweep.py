@@ -22,7 +22,8 @@ from xylem import models
 from xylem.data import pipeline
 from xylem.errors import BusyError, ConfigError, NonFiniteError
 from xylem.files import read_object
-from xylem.models.config import Compute, TransformerConfig, from_dict
+from xylem.models.config import TransformerConfig
+from xylem.models.settings import Compute, from_dict
 from xylem.peft import tree
 from xylem.training.config import RunConfig
 from xylem.training.loop import pretrain

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from xylem.models import mamba
-from xylem.models.config import MambaConfig
 from xylem.models.conversion import Row
 from xylem.models.families.family import Family, linear, require, size, value
+from xylem.models.state_config import MambaConfig
 
 MIXER, OURS = "layers.{layer}.mixer", "layers/mixer"
 
