@@ -31,6 +31,7 @@ def cases(rng: np.random.Generator) -> dict:
 
     made = {
         "matmul": (fused.matmul, fused.matmul_plain, (normal(rng, m, i), normal(rng, i, o))),
+        "add_bias": (fused.add_bias, fused.add_bias_plain, (normal(rng, m, o), normal(rng, o))),
         "layer_norm": (
             lambda *a: fused.layer_norm(*a, 1e-3),
             lambda *a: fused.layer_norm_plain(*a, 1e-3),

@@ -55,6 +55,29 @@ def _matmul_backward(saved, g):
 matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
 
 
+# --- bias -------------------------------------------------------------------------------------------------------------
+
+
+def add_bias_plain(x: Float[Array, "M O"], bias: Float[Array, "O"]) -> Float[Array, "M O"]:
+    """``x + bias``, in the type of ``x``."""
+    return x + bias.astype(x.dtype)[None]
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, "M O"], bias: Float[Array, "O"]) -> Float[Array, "M O"]:
+    """``add_bias_plain``, whose gradient by the bias is a product with ones: XLA:CPU sums over many long rows in one
+    thread (512 rows of 30,522: 72 ms against 1.4)."""
+    return add_bias_plain(x, bias)
+
+
+def _bias_backward(bias, g):
+    ones = jnp.ones(g.shape[0], g.dtype)
+    return g, jnp.matmul(ones, g, preferred_element_type=F32).astype(bias.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias_plain(x, bias), bias), _bias_backward)
+
+
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 

@@ -62,9 +62,10 @@ def parameter(
     return module.param(name, init, shape, jnp.dtype(dtype))
 
 
-def add_bias(x: Float[Array, "*B O"], bias: Float[Array, "O"]) -> Float[Array, "*B O"]:
-    """Add a vector along the last axis, in the type of ``x``."""
-    return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
+def add_bias(x: Float[Array, "*B O"], bias: Float[Array, "O"], kernels: Choice | None = None) -> Float[Array, "*B O"]:
+    """Add a vector along the last axis, in the type of ``x``; ``kernels`` as for ``einsum``."""
+    add = fused.add_bias if kernels is not None and kernels.matmul else fused.add_bias_plain
+    return add(x.reshape(-1, x.shape[-1]), bias).reshape(x.shape)
 
 
 class Dense(nn.Module):
@@ -81,7 +82,7 @@ class Dense(nn.Module):
         kernel = parameter(self, "kernel", self.std, (x.shape[-1], self.features), stored)
         y = einsum("...i,io->...o", x, kernel, self.kernels)
         if self.config.bias == "everywhere" or self.has_variable("params", "bias"):
-            y = add_bias(y, parameter(self, "bias", None, (self.features,), stored))
+            y = add_bias(y, parameter(self, "bias", None, (self.features,), stored), self.kernels)
         return y
 
 

@@ -97,7 +97,7 @@ class MaskedLM(LanguageModel):
         """Float32 logits of final states: the transform, then the embedding table and a bias a token."""
         kernels = fused.choose(self.config.compute, jax.default_backend())
         x: Any = MaskedTransform(self.config, kernels, parent=None).apply({"params": params["head"]}, hidden)
-        return add_bias(super().head(params, x), params["head"]["bias"])
+        return add_bias(super().head(params, x), params["head"]["bias"], kernels)
 
     @nn.nowrap
     def head_params(self, params: dict[str, Any]) -> dict[str, Any]:
