@@ -93,7 +93,8 @@ def load(file: str | Path) -> Pronouncer:
     if not path.is_file():
         raise ConfigError("checkpoint", str(path), "there is no such file")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as opened:
+            arrays = np.load(opened, allow_pickle=False)
             held = {name: Held(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise ConfigError("checkpoint", str(path), f"it is no whole .npz file ({error})") from error
