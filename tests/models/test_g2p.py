@@ -94,7 +94,7 @@ class Case:
         # Where two phonemes are all but equally likely, rounding may decide: such words do not count, and are few.
         best = [np.sort(logits, axis=1)[:, -2:] for _, logits in pairs]
         self.clear = np.array([(pair[:, 1] - pair[:, 0]).min() > 1e-5 * np.abs(pair).max() for pair in best])
-        assert self.clear.mean() > 0.98
+        assert self.clear.mean() > 0.95
 
     def compare(self, pronounce: g2p.Pronouncer) -> tuple[float, float]:
         """The share of words that are spelled otherwise, and the error of the logits along the twin's spelling."""
@@ -120,7 +120,7 @@ def faulty(pronounce: g2p.Pronouncer) -> g2p.Pronouncer:
 
 def drawn_arrays(rng: np.random.Generator, width: int = 7) -> dict:
     """Random arrays of such a file, of another width."""
-    array = lambda *shape: (2 * shape[-1] ** -0.5 * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
+    array = lambda *shape: (shape[-1] ** -0.5 * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
     arrays = {"fc_w": array(74, width), "fc_b": array(74)}
     for side, symbols in (("enc", 29), ("dec", 74)):
         arrays |= {f"{side}_emb": array(symbols, width) * width**0.5}
