@@ -156,6 +156,8 @@ def test_fresh_weights_and_operations_are_counted():
     assert np.isfinite(logits(module, randomise(params, jax.random.key(1)), tokens)).all()
     with pytest.raises(ValueError, match="no token types"):
         apply(module, params, tokens, token_types=tokens)
+    with pytest.raises(ValueError, match="looks them up itself"):
+        apply(module, params, tokens, embeddings=jnp.zeros((1, 8, 5)))
     with pytest.raises(ConfigError, match="window: 0"):
         dataclasses.replace(config, window=0)
 

@@ -122,7 +122,7 @@ PRETRAINED = {
         members={"g2p_en/checkpoint20.npz": "b8af35e4596d8dd5836dfd3fe9b2ba4f97b9c311efe8879544cbcfcbd566d8c6"},
         licence="Apache-2.0",
     ),
-    # Two LSTM layers and an attention over the last 40 characters, trained on what people posted (models/windowed.py).
+    # Two LSTM layers and an attention over the last 40 characters, trained on Reddit (models/windowed.py).
     "textgenrnn": Package(
         name="textgenrnn",
         version="2.0.0",

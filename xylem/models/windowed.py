@@ -47,9 +47,9 @@ def read(layers: list[cells.Weights], scores: Any, x: Float[Array, "B W E"]) -> 
         stages.append(cells.layer("lstm", weights, stages[-1], state)[0])
     states = jnp.concatenate(stages, axis=-1)
     logits = einsum("...i,io->...o", states, scores).astype(jnp.float32)
-    weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True) + EPSILON
-    return (states * weights.astype(states.dtype)).sum(axis=1)
+    shares = jnp.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True) + EPSILON
+    return (states * shares.astype(states.dtype)).sum(axis=1)
 
 
 class Scores(nn.Module):
@@ -76,7 +76,7 @@ class WindowedLM(LanguageModel):
         positions: Int[Array, "#B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         token_types: Int[Array, "B T"] | None = None,
-        embeddings: None = None,
+        embeddings: Float[Array, "B T E"] | None = None,
         cache: TokenCache | None = None,
         train: bool = False,
     ) -> Output:
@@ -84,10 +84,12 @@ class WindowedLM(LanguageModel):
 
         ``segments`` (0 is padding) keep packed documents apart. With a ``cache`` the tokens continue each of its rows;
         there ``segments`` say which are real (1) and which are padding (0), which leaves no trace. ``positions`` and
-        ``train`` change nothing: there is no dropout.
+        ``train`` change nothing: there is no dropout. ``embeddings`` cannot be given: windows are looked up by id.
         """
         config = self.config
         self.check_call(token_types)
+        if embeddings is not None:
+            raise ValueError(f"embeddings: the {config.family} family remembers tokens, and looks them up itself")
         batch, length = tokens.shape
         if cache is None:
             seen = windows(tokens, jnp.zeros(batch, jnp.int32), length, config.window, segments)
