@@ -10,6 +10,7 @@ D     model width                R     rank
 F     feed-forward width         E     experts, or heads x head dim
 N     heads                      G     query heads a key/value head
 K     key/value heads            Z     states a channel (Mamba)
+W     tokens of a window
 I     inner channels (Mamba), or inputs of a kernel whose outputs are O
 ====  =========================  ====  ==============================
 

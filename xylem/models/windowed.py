@@ -39,7 +39,7 @@ def windows(
     return jnp.where(inside, at(tokens), 0)
 
 
-def read(layers: list[cells.Weights], scores: Any, x: Float[Array, "B W E"]) -> Float[Array, "B D"]:
+def read(layers: list[cells.Weights], scores: Any, x: Float[Array, "B W I"]) -> Float[Array, "B D"]:
     """What is made of one embedded window a row: every stage's states side by side, averaged over time."""
     stages = [x]
     for weights in layers:
@@ -64,7 +64,7 @@ class Scores(nn.Module):
 
 
 class WindowedLM(LanguageModel):
-    """Such a language model. ``params`` hold ``embed``, ``lstm_0``, ``lstm_1``, ..., ``attention`` and ``head``."""
+    """A language model over a window. ``params`` hold ``embed``, ``lstm_0``, ``lstm_1``, ..., ``attention`` and ``head``."""
 
     config: WindowedConfig
 
@@ -76,7 +76,7 @@ class WindowedLM(LanguageModel):
         positions: Int[Array, "#B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         token_types: Int[Array, "B T"] | None = None,
-        embeddings: Float[Array, "B T E"] | None = None,
+        embeddings: Float[Array, "B T I"] | None = None,
         cache: TokenCache | None = None,
         train: bool = False,
     ) -> Output:
