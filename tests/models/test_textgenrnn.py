@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from operations import apart
+from operations import apart, normal
 from oracles import error
 from small import apply, init, logits, randomise
 from textgenrnn_files import PROMPTS, drawn, next_characters, real, softmax, write
@@ -19,6 +19,7 @@ from xylem.errors import ConfigError
 from xylem.generation.generator import Generator
 from xylem.generation.sampling import Sampling, generate
 from xylem.models import build, hub, textgenrnn
+from xylem.models.leaves import LowRank, materialize
 from xylem.models.state_config import WindowedConfig
 from xylem.peft import tree
 from xylem.training.restore import open_model
@@ -160,6 +161,24 @@ def test_fresh_weights_and_operations_are_counted():
         apply(module, params, tokens, embeddings=jnp.zeros((1, 8, 5)))
     with pytest.raises(ConfigError, match="window: 0"):
         dataclasses.replace(config, window=0)
+
+
+def test_weights_that_are_no_arrays_multiply_as_what_they_stand_for(case, rng_seed, proof):
+    module, params, tokens, _ = case
+    rng = np.random.default_rng(rng_seed)
+
+    def graft(weight):
+        if weight.ndim < 2:
+            return weight
+        a, b = normal(rng, weight.shape[0], 2, std=0.5), normal(rng, 2, weight.shape[1], std=0.5)
+        return LowRank(base=weight, a=a, b=b, scale=jnp.float32(0.7))
+
+    grafted = jax.tree.map(graft, params)
+    expected = logits(module, materialize(grafted), tokens)
+    assert apart(logits(module, params, tokens), expected) > BAR
+    measured = apart(logits(module, grafted, tokens), expected)
+    row = "leaf: low rank on every matrix (LSTM over a window)"
+    proof(row, "the same matrices, multiplied out", measured, BAR, rng_seed, "the low-rank part left out")
 
 
 # --- its file ---------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Scores(nn.Module):
 
 
 class WindowedLM(LanguageModel):
-    """A language model over a window. ``params`` hold ``embed``, ``lstm_0``, ``lstm_1``, ..., ``attention``, ``head``."""
+    """A model over a window. ``params`` hold ``embed``, ``lstm_0``, ``lstm_1``, ..., ``attention``, ``head``."""
 
     config: WindowedConfig
 
