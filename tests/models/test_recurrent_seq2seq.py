@@ -12,7 +12,7 @@ from xylem.models import recurrent_seq2seq
 
 pytestmark = pytest.mark.oracle
 
-BAR = 1e-6
+BAR = 1e-5
 START = 2
 
 

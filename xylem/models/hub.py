@@ -211,8 +211,8 @@ def _open_folder(
     if not folder.is_dir():
         hint = "there is no such folder or file"
         if folder.is_file():
-            hints = dict.fromkeys(shards.PICKLES, "a pickle can run code: save it as safetensors first")
-            hints[".npz"] = "models/g2p.py reads that of g2p-en"
+            pickles = dict.fromkeys(shards.PICKLES, "a pickle can run code: save it as safetensors first")
+            hints = {**pickles, ".npz": "models/g2p.py reads that of g2p-en"}
             hint = hints.get(folder.suffix, "give the folder that holds this file and its config.json")
         allowed = f"it must be a Hugging Face folder, a .gguf, an .onnx or an .hdf5 file; {hint}"
         raise ConfigError("checkpoint", str(folder), allowed)
