@@ -31,12 +31,14 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
     "cuda13": ["jax[cuda13]>=0.10,<0.13"],
     "plan": ["libtpu>=0.0.42"],
+    "hdf5": ["h5py>=3.12"],  # to read textgenrnn
     # The oracles have a CPU build for Python 3.11 alone; elsewhere the tests that need none of them run.
     "test": [
         "pytest>=8.4",
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
         "beartype>=0.22",
+        "h5py>=3.12",
         "nltk>=3.10",
         "onnxruntime>=1.23",
         "torch==2.13.0; python_version < '3.12'",

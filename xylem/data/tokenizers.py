@@ -243,7 +243,7 @@ def load(path: str | Path) -> Tokenizer:
     """Read a tokenizer: a ``tokenizer.json``, a folder that holds one, or a GGUF file with a byte-level BPE.
 
     Beside a ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` tell the special tokens and the
-    chat template.
+    chat template. The weights of a textgenrnn (``.hdf5``) stand for the characters that are listed beside them.
 
     Raises:
         ConfigError: the file is missing, broken, or of a kind that is not read; the message names it.
@@ -251,18 +251,33 @@ def load(path: str | Path) -> Tokenizer:
     path = Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        allowed = "no such file; a tokenizer.json, a folder that holds one, or a .gguf is read"
+        allowed = "no such file; a tokenizer.json, a folder that holds one, a .gguf or a textgenrnn's .hdf5 is read"
         raise ConfigError("tokenizer", str(file), allowed)
     if file.suffix == ".gguf":
         from xylem.data import gguf_vocabulary
 
         return Tokenizer(**gguf_vocabulary.read(file), name=str(file))
+    if file.suffix == ".hdf5":
+        return _textgenrnn(file)
     description = read_object(file, "tokenizer")
     try:
         surroundings = _surroundings(file, description)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ConfigError("tokenizer", str(file), f"a tokenizer whose settings can be read ({error!r})") from error
     return Tokenizer(description, **surroundings, name=str(file))
+
+
+def _textgenrnn(weights: Path) -> Tokenizer:
+    """The characters of a ``NAME_weights.hdf5``, which ``NAME_vocab.json`` numbers from 1; others are 0 (utils.py)."""
+    file = weights.with_name(weights.name.replace("_weights", "_vocab").replace(".hdf5", ".json"))
+    vocabulary = {"<|unknown|>": 0, **read_object(file, "tokenizer")}
+    start = "<s>"  # between texts (textgenrnn.py, META_TOKEN)
+    numbers = sorted(number for number in vocabulary.values() if isinstance(number, int))
+    if numbers != list(range(len(vocabulary))) or start not in vocabulary:
+        raise ConfigError("tokenizer", str(file), f"it must number its characters from 1 on, {start!r} among them")
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<|unknown|>"}
+    description = describe(model, _EVERY_CHARACTER, {"type": "Fuse"}, {start: vocabulary[start]})
+    return Tokenizer(description, end_of_text=start, begin_of_text=start, name=str(file))
 
 
 def _surroundings(file: Path, description: Mapping[str, Any]) -> dict[str, Any]:

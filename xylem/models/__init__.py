@@ -10,6 +10,7 @@ D     model width                R     rank
 F     feed-forward width         E     experts, or heads x head dim
 N     heads                      G     query heads a key/value head
 K     key/value heads            Z     states a channel (Mamba)
+W     tokens of a window
 I     inner channels (Mamba), or inputs of a kernel whose outputs are O
 ====  =========================  ====  ==============================
 
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from xylem.models import bart, bert, gpt, llama, mamba, t5, vanilla
 from xylem.models.config import ModelConfig, Seq2SeqConfig
-from xylem.models.state_config import MambaConfig, RecurrentConfig
+from xylem.models.state_config import MambaConfig, RecurrentConfig, WindowedConfig
 
 if TYPE_CHECKING:
     from xylem.models.language_model import LanguageModel
@@ -65,9 +66,12 @@ def build(config: ModelConfig) -> LanguageModel:
     from xylem.models.recurrent import RecurrentLM
     from xylem.models.seq2seq import Seq2Seq
     from xylem.models.transformer import CausalLM
+    from xylem.models.windowed import WindowedLM
 
     if isinstance(config, Seq2SeqConfig):
         return Seq2Seq(config)
     if isinstance(config, RecurrentConfig):
         return RecurrentLM(config)
+    if isinstance(config, WindowedConfig):
+        return WindowedLM(config)
     return CausalLM(config) if config.attention.mask == "causal" else MaskedLM(config)

@@ -188,6 +188,41 @@ class StateCache(struct.PyTreeNode):
         return StateCache(jax.tree.map(lambda x: x[:, :, rows], self.states), self.lengths[rows])
 
 
+class TokenCache(struct.PyTreeNode):
+    """The tokens themselves, for a network that reads the last of them anew; ``lengths[b]`` of row b are valid."""
+
+    tokens: Int[Array, "B S"] | Any
+    lengths: Int[Array, "B"] | Any
+
+    @classmethod
+    def init(cls, batch: int, max_length: int) -> TokenCache:
+        """An empty cache for ``max_length`` tokens a row."""
+        return cls(tokens=jnp.zeros((batch, max_length), jnp.int32), lengths=jnp.zeros(batch, jnp.int32))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a row can hold."""
+        return self.tokens.shape[1]
+
+    def update(self, tokens: Int[Array, "B T"]) -> TokenCache:
+        """Write T new tokens behind each row's length; those past the capacity are dropped."""
+        slots = self.lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        return self.replace(tokens=self.tokens.at[rows, slots].set(tokens.astype(jnp.int32), mode="drop"))
+
+    def advance(self, tokens: Int[Array, "B"] | int) -> TokenCache:
+        """Count the ``tokens`` that have just been written, of all rows or of each."""
+        return self.replace(lengths=self.lengths + tokens)
+
+    def rewind(self, lengths: Int[Array, "B"]) -> TokenCache:
+        """Forget all but the first ``lengths[b]`` tokens of each row."""
+        return self.replace(lengths=jnp.minimum(self.lengths, lengths.astype(jnp.int32)))
+
+    def select(self, rows: Int[Array, "C"]) -> TokenCache:
+        """The cache of rows ``rows``, in that order and as often as named."""
+        return TokenCache(self.tokens[rows], self.lengths[rows])
+
+
 AttentionCache = KVCache | Seq2SeqCache  # what attention layers are given
 
 

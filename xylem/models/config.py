@@ -10,7 +10,7 @@ from typing import Literal
 
 from xylem.errors import ConfigError
 from xylem.models.settings import Compute, check_choices, check_sizes
-from xylem.models.state_config import MambaConfig, RecurrentConfig
+from xylem.models.state_config import MambaConfig, RecurrentConfig, WindowedConfig
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"]
 GATED = ("swiglu", "geglu")
@@ -292,4 +292,4 @@ class Seq2SeqConfig:
         )
 
 
-ModelConfig = TransformerConfig | Seq2SeqConfig | RecurrentConfig | MambaConfig
+ModelConfig = TransformerConfig | Seq2SeqConfig | RecurrentConfig | WindowedConfig | MambaConfig

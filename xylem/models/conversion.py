@@ -38,6 +38,21 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Held:
+    """A small tensor that is in memory already, as a ``Source``."""
+
+    value: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def blocks(self, size: int) -> Iterator[np.ndarray]:
+        """All of it at once."""
+        yield self.value
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of a table: a tensor of theirs and where it goes in our tree.
 

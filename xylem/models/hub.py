@@ -1,4 +1,4 @@
-"""Hugging Face folders, GGUF and ONNX files <-> (config, params).
+"""Hugging Face folders, GGUF, ONNX and Keras files <-> (config, params).
 
 The families and their tables are in ``families.py``. What a checkpoint asks for and this code does not do is refused,
 never ignored: a model that loads is the model that was saved.
@@ -43,8 +43,8 @@ def load(
 
     Args:
         folder_or_file: a Hugging Face folder (``config.json`` and safetensors, whole or sharded, or a
-            ``pytorch_model.bin`` of before torch 1.6) of one of the ``FAMILIES``, a GGUF file of the LLaMA family, or
-            an ONNX file of a BERT without heads.
+            ``pytorch_model.bin`` of before torch 1.6) of one of the ``FAMILIES``, a GGUF file of the LLaMA family, an
+            ONNX file of a BERT without heads, or the HDF5 file of a textgenrnn.
         dtype: ``float32`` or ``bfloat16``: of the returned parameters, and of ``config.compute``.
         place: (path, NumPy value) -> what the tree shall hold; ``jax.device_put`` to the default device unless given.
 
@@ -64,6 +64,10 @@ def load(
         from xylem.models import onnx_bert
 
         (config, rows, sources), optional, head = onnx_bert.open_file(path), ("head", "pair_head", "pooler"), None
+    elif path.suffix == ".hdf5":
+        from xylem.models import textgenrnn
+
+        (config, rows, sources), optional, head = textgenrnn.open_file(path), (), None
     else:
         config, family, sources, head = _open_folder(path)
         rows, optional = family.table(config), family.optional if head is None else ()
@@ -207,9 +211,10 @@ def _open_folder(
     if not folder.is_dir():
         hint = "there is no such folder or file"
         if folder.is_file():
-            hint = "a pickle can run code: save it as safetensors first" if folder.suffix in shards.PICKLES else ""
-            hint = hint or "give the folder that holds this file and its config.json"
-        allowed = f"it must be a Hugging Face folder, a .gguf or an .onnx file; {hint}"
+            pickles = dict.fromkeys(shards.PICKLES, "a pickle can run code: save it as safetensors first")
+            hints = {**pickles, ".npz": "models/g2p.py reads that of g2p-en"}
+            hint = hints.get(folder.suffix, "give the folder that holds this file and its config.json")
+        allowed = f"it must be a Hugging Face folder, a .gguf, an .onnx or an .hdf5 file; {hint}"
         raise ConfigError("checkpoint", str(folder), allowed)
     raw = read_object(folder / "config.json", "checkpoint")
     model_type = raw.get("model_type")

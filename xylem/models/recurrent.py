@@ -35,31 +35,36 @@ class Context(struct.PyTreeNode):
 class Affine(nn.Module):
     """Owner of a kernel and a bias that something else multiplies by, step after step."""
 
-    config: RecurrentConfig
+    inputs: int
+    outputs: int
     std: float
+    stored: str
     bias: Any = 0.0  # its value at birth, a number or an array
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        width, stored = self.config.d_model, self.config.compute.param_dtype
-        gates = CELL_GATES[self.config.cell] * width
-        kernel = parameter(self, "kernel", self.std, (width, gates), stored)
-        return {"kernel": kernel, "bias": parameter(self, "bias", None, (gates,), stored, fill=self.bias)}
+        kernel = parameter(self, "kernel", self.std, (self.inputs, self.outputs), self.stored)
+        return {"kernel": kernel, "bias": parameter(self, "bias", None, (self.outputs,), self.stored, fill=self.bias)}
 
 
 class CellWeights(nn.Module):
-    """Owner of a cell's weights."""
+    """Owner of a cell's weights; ``stds`` are of the input's kernel and of the state's."""
 
-    config: RecurrentConfig
+    cell: str
+    inputs: int
+    width: int
+    stds: tuple[float, float]
+    stored: str
+    forget_bias: float | None = None
 
     @nn.compact
     def __call__(self) -> dict[str, dict[str, Any]]:
-        config, bias = self.config, 0.0
-        if config.forget_bias is not None:
-            bias = jnp.repeat(jnp.array([0.0, config.forget_bias, 0.0, 0.0]), config.d_model)
+        gates, bias = CELL_GATES[self.cell] * self.width, 0.0
+        if self.forget_bias is not None:
+            bias = jnp.repeat(jnp.array([0.0, self.forget_bias, 0.0, 0.0]), self.width)
         return {
-            "input": Affine(config, config.init.kernel, bias, name="input")(),
-            "recurrent": Affine(config, config.init.recurrent, name="recurrent")(),
+            "input": Affine(self.inputs, gates, self.stds[0], self.stored, bias, name="input")(),
+            "recurrent": Affine(self.width, gates, self.stds[1], self.stored, name="recurrent")(),
         }
 
 
@@ -72,7 +77,8 @@ class RecurrentBlock(nn.Module):
     @nn.compact
     def __call__(self, h: Float[Array, "B T D"], context: Context, cache: StateCache | None, layer: Any, site: Any):
         config, (batch, length, width) = self.config, h.shape
-        weights = CellWeights(config, name="cell")()
+        stds, stored = (config.init.kernel, config.init.recurrent), config.compute.param_dtype
+        weights = CellWeights(config.cell, width, width, stds, stored, config.forget_bias, name="cell")()
         if cache is None:
             state = cells.zero_state(config.cell, batch, width, config.compute.dtype)
         else:

@@ -1,4 +1,4 @@
-"""Networks that carry a state from token to token, as values: recurrent cells and Mamba."""
+"""Networks that carry a state from token to token, as values: recurrent cells, alone or over a window, and Mamba."""
 
 from __future__ import annotations
 
@@ -65,6 +65,51 @@ class RecurrentConfig:
         return 6.0 * (self.num_layers * layer + self.d_model * self.vocab_size)
 
     def with_compute(self, compute: Compute) -> RecurrentConfig:
+        """The same network, computed otherwise."""
+        return replace(self, compute=compute)
+
+
+@dataclass(frozen=True)
+class WindowedConfig:
+    """A language model that reads its last few tokens anew for every next one (``windowed.py``).
+
+    Attributes:
+        family: whose conventions outside files follow (see ``hub``).
+        max_length: the longest sequence that it is asked to write, in tokens; nothing in the network depends on it.
+        window: tokens that it reads.
+        num_layers: of LSTM cells, each ``d_layer`` wide, over an embedding ``d_embedding`` wide.
+    """
+
+    family: Literal["textgenrnn"]
+    vocab_size: int
+    max_length: int
+    window: int
+    num_layers: int
+    d_embedding: int
+    d_layer: int
+    compute: Compute = field(default_factory=Compute)
+
+    head: ClassVar = "untied"
+
+    def __post_init__(self):
+        check_choices(self)
+        check_sizes(self, "vocab_size", "max_length", "window", "num_layers", "d_embedding", "d_layer")
+
+    @property
+    def d_model(self) -> int:
+        """Width of what the head reads: the embedding and every layer's output, side by side."""
+        return self.d_embedding + self.num_layers * self.d_layer
+
+    def train_flops_per_token(self, sequence_length: int) -> float:
+        """Operations of one training step (forward and backward) for one token, whatever the length of its sequence.
+
+        6 x (window x weights of every layer and of the attention's scores + weights of the head)
+        """
+        inputs = self.d_embedding + (self.num_layers - 1) * self.d_layer
+        layers = CELL_GATES["lstm"] * self.d_layer * (inputs + self.num_layers * self.d_layer)
+        return 6.0 * (self.window * (layers + self.d_model) + self.d_model * self.vocab_size)
+
+    def with_compute(self, compute: Compute) -> WindowedConfig:
         """The same network, computed otherwise."""
         return replace(self, compute=compute)
 

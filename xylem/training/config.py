@@ -10,7 +10,7 @@ from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
 from xylem.models.config import ModelConfig, Seq2SeqConfig
 from xylem.models.settings import check_choices
-from xylem.models.state_config import MambaConfig, RecurrentConfig
+from xylem.models.state_config import MambaConfig, RecurrentConfig, WindowedConfig
 
 if TYPE_CHECKING:
     from xylem.data.tokenizers import Tokenizer
@@ -241,7 +241,7 @@ def objectives_of(model: ModelConfig) -> tuple[Objective, ...]:
         return ("denoising", "span_corruption", "continuation")
     if isinstance(model, RecurrentConfig):
         return ("causal_lm", "truncated")
-    if isinstance(model, MambaConfig):
+    if isinstance(model, MambaConfig | WindowedConfig):
         return ("causal_lm",)
     return ("causal_lm",) if model.attention.mask == "causal" else ("masked_lm",)
 
