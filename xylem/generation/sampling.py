@@ -124,7 +124,7 @@ def _loop(
 
 def _read(
     module: LanguageModel, params: Any, prompts: Int[Array, "B T"], lengths: Int[Array, "B"], capacity: int
-) -> tuple[Float[Array, "B D"], Any]:
+) -> tuple[Array, Any]:
     """The state that the first new token is drawn from, and the cache; an encoder-decoder starts an empty target."""
     batch = prompts.shape[0]
     real = (jnp.arange(prompts.shape[1])[None, :] < lengths[:, None]).astype(jnp.int32)
