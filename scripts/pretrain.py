@@ -15,13 +15,18 @@ def main(arguments: list[str]) -> None:
     """Parse, call."""
     import sys
 
-    from xylem.configs.pretrain import parse
+    from xylem.configs.pretrain import COUNTS, RUNS, parse
+    from xylem.training.counting_config import CountingConfig
 
-    _, config = parse(arguments, "pretrain.py", str(__doc__), around=lambda run: run)
+    _, config = parse(arguments, "pretrain.py", str(__doc__), around=lambda run: run, runs={**RUNS, **COUNTS})
+    if isinstance(config, CountingConfig):
+        from xylem.training.counting import count
 
-    from xylem.training.loop import pretrain
+        count(config, sys.argv)
+    else:
+        from xylem.training.loop import pretrain
 
-    pretrain(config, sys.argv)
+        pretrain(config, sys.argv)
 
 
 if __name__ == "__main__":

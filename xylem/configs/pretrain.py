@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -23,6 +23,7 @@ from xylem.training.config import (
     SpanConfig,
     objectives_of,
 )
+from xylem.training.counting_config import CountingConfig
 
 T = TypeVar("T")
 
@@ -171,7 +172,17 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
 }
 
 
-def parse(arguments: list[str], prog: str, description: str, around: Callable[[RunConfig], T]) -> tuple[str, T]:
+# Runs that count and train nothing: theirs is another config.
+COUNTS: dict[str, Callable[[], CountingConfig]] = {"ngram": CountingConfig}
+
+
+def parse(
+    arguments: list[str],
+    prog: str,
+    description: str,
+    around: Callable[[Any], T],
+    runs: Mapping[str, Callable[[], Any]] = RUNS,
+) -> tuple[str, T]:
     """The run a command names in its first word ("default" where it begins with a flag), as its flags change it.
 
     ``around(run)`` holds the default of every flag of the command: the run itself, or a dataclass with it inside.
@@ -183,13 +194,13 @@ def parse(arguments: list[str], prog: str, description: str, around: Callable[[R
 
     named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
     name = named[0] if named else "default"
-    if name not in RUNS:
-        raise ConfigError("PRESET", name, f"it must be one of {', '.join(RUNS)}", RUNS)
-    default = around(RUNS[name]())
+    if name not in runs:
+        raise ConfigError("PRESET", name, f"it must be one of {', '.join(runs)}", runs)
+    default = around(runs[name]())
     parsed = tyro.cli(
         type(default),
         prog=f"{prog} [PRESET]",
-        description=f"{description}\nPresets: {', '.join(RUNS)}.",
+        description=f"{description}\nPresets: {', '.join(runs)}.",
         default=default,
         args=arguments[len(named) :],
         config=(tyro.conf.AvoidSubcommands,),

@@ -12,6 +12,8 @@ import jax
 from xylem.data import pipeline
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
+from xylem.models import ngram
+from xylem.models.ngram import NGramConfig
 from xylem.training import metrics
 from xylem.training.config import ObjectiveConfig
 from xylem.training.objectives import Sums, causal_lm
@@ -37,8 +39,20 @@ def figures(sums: Sequence[Sums], counts: dict[str, int] | None) -> dict[str, fl
     }
 
 
+def counted_figures(config: NGramConfig, tree: ngram.Tree, data: pipeline.Prepared, split: str) -> dict[str, float]:
+    """``figures`` of an n-gram model over the whole of a split, and how many ``tokens`` were predicted.
+
+    Each document is scored by itself, so the last one's end counts too, which no window of packed text predicts.
+    """
+    score = ngram.score(config, tree, data.documents(split))
+    counts = {**data.counts[split], "tokens": int(score.weight) + 1}  # each of its tokens is a label
+    return {**figures([Sums(score.nll, score.nll, score.weight)], counts), "tokens": score.weight}
+
+
 def evaluate(model: Model, data: DataConfig, split: str, batch_size: int, limit: int | None) -> dict[str, float]:
     """``figures`` of the first ``limit`` batches of a split, or of all, and how many ``tokens`` were predicted.
+
+    An n-gram model reads whole documents, never windows: the sizes change nothing, and there is no ``limit``.
 
     Raises:
         ConfigError: the corpus or the split does not exist, a size is impossible, or ``data``'s tokenizer is not the
@@ -51,6 +65,10 @@ def evaluate(model: Model, data: DataConfig, split: str, batch_size: int, limit:
     prepared = pipeline.prepare(data)
     if prepared.tokenizer.hash != model.tokenizer.hash:
         raise ConfigError("data.tokenizer", data.tokenizer, "it is not the one the model was trained with")
+    if isinstance(model.module.config, NGramConfig):
+        if limit is not None:
+            raise ConfigError("limit", limit, "an n-gram model scores the whole split, in a second or so")
+        return counted_figures(model.module.config, model.params, prepared, split)
     step = jax.jit(partial(eval_step, loss=partial(causal_lm, model.module, ObjectiveConfig())))
     batches = itertools.islice(pipeline.eval_batches(prepared, split, batch_size), limit)
     sums = [step(model.params, batch) for batch in batches]

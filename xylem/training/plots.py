@@ -1,4 +1,4 @@
-"""Pictures: the loss curve of a run, the scaling law of many, how far gradients reach."""
+"""Pictures: the loss curve of a run, the scaling law of many, how far gradients reach, the ladder of models."""
 
 import io
 import itertools
@@ -78,6 +78,30 @@ def gradient_curves(found: Mapping[str, Any], png_path: str | Path) -> None:
     _save(figure, png_path)
 
 
+def ladder_curves(rows: Sequence[Mapping[str, Any]], png_path: str | Path) -> None:
+    """Draw what ``scripts/ladder.py`` found as a PNG that replaces `png_path` whole.
+
+    Each row is a model: its ``rung``, a ``curve`` of (tokens, validation bits per byte), ``tokens_per_second`` and
+    ``memory`` in bytes. On the left the curves; then speed and memory as bars, in the same order and colours.
+    """
+    figure, axes = _figure(3)
+    colours = _colours(len(rows))
+    scale, unit = _unit(max(tokens for row in rows for tokens, _ in row["curve"]), "tokens")
+    _style(axes[0], f"read ({unit})")
+    _heading(axes[0], "validation (bits per byte of text)")
+    for colour, row in zip(colours, rows, strict=True):
+        tokens, bits = zip(*row["curve"], strict=True)
+        axes[0].plot([x / scale for x in tokens], bits, color=colour, marker="o", markersize=3, label=row["rung"])
+    axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
+    for axis, key, over, heading in (
+        (axes[1], "tokens_per_second", 1e3, "thousand tokens a second, counting or training"),
+        (axes[2], "memory", 1e9, "peak memory of the process, GB"),
+    ):
+        _bars(axis, {row["rung"]: row[key] / over for row in rows}, colours, heading)
+    axes[1].set_xscale("log")
+    _save(figure, png_path)
+
+
 def smooth(values: Sequence[float | int], reach: int) -> list[float]:
     """Mean of each value and its neighbours up to `reach` away.
 
@@ -122,6 +146,19 @@ def _colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.85 * i / max(1, count - 1)) for i in range(count)]
+
+
+def _bars(axis: Any, values: Mapping[str, float], colours: Sequence[Any], heading: str) -> None:
+    """Named bars from top to bottom, each with its value at its end."""
+    _style(axis, "")
+    _heading(axis, heading)
+    axis.grid(visible=False)
+    axis.spines["bottom"].set_visible(False)
+    axis.tick_params(axis="x", length=0, labelbottom=False, which="both")
+    bars = axis.barh(list(values), list(values.values()), color=colours, height=0.6)
+    axis.bar_label(bars, [f"{value:,.3g}" for value in values.values()], padding=4, fontsize=9, color=INK)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], x: str, y: str, scale: float | int) -> tuple[list[float], list[float]]:

@@ -24,6 +24,8 @@ from xylem.training.plots import loss_curve
 from xylem.training.run_folder import CHECKPOINTS, METRICS
 from xylem.training.state import TrainState
 
+Note = Callable[[str], None]
+
 SAMPLE_TOKENS = 80
 REFERENCE_BYTES = 8_000_000  # what xz compresses in seconds
 
@@ -65,6 +67,40 @@ def references(data: Prepared) -> dict[str, float]:
     return measure.reference_bits_per_byte(bytes(text[:REFERENCE_BYTES]))
 
 
+def figures_line(final: dict[str, Any]) -> str:
+    """The figures of the validation split, for people."""
+    bits = final.get("validation_bits_per_byte")
+    return (
+        f"validation loss {final['validation_loss']:.4f} nats/token, perplexity {final['validation_perplexity']:.2f}"
+        + (f", {bits:.3f} bits per byte" if bits is not None else "")
+    )
+
+
+def written(
+    prompt: str, folder: Path, data: Prepared, module: LanguageModel, params: Any, note: Note
+) -> dict[str, Any]:
+    """What a model that continues texts adds to a summary: a sample, and what compressors need for the same text.
+
+    All hosts write the sample together; the rest is for process 0.
+    """
+    text = sample(module, params, data.tokenizer, prompt)
+    note(f"sample:\n{text}\n")
+    if jax.process_index() != 0:
+        return {"sample": text}
+    write_whole(folder / "sample.txt", text + "\n")
+    bars = references(data)
+    whole = data.counts["validation"]["bytes"] <= REFERENCE_BYTES
+    of = "the same text" if whole else f"the first {REFERENCE_BYTES / 1e6:g} MB of the same text"
+    note(f"bits per byte of {of}: {', '.join(f'{name} {bits:.3f}' for name, bits in bars.items())}")
+    return {"sample": text, "compressors_bits_per_byte": bars}
+
+
+def summarise(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Keep a run's final figures, and give them back."""
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
 def closing(
     config: RunConfig,
     folder: Path,
@@ -72,31 +108,16 @@ def closing(
     module: LanguageModel,
     params: Any,
     final: dict[str, Any],
-    note: Callable[[str], None],
+    note: Note,
 ) -> dict[str, Any]:
     """Show and keep the final figures, a sample where the model writes, and the loss curve; returns what
-    ``summary.json`` holds.
-
-    All hosts write the sample together; the rest is for process 0, whose summary also has the compressors' figures.
-    """
-    bits = final.get("validation_bits_per_byte")
-    note(
-        f"validation loss {final['validation_loss']:.4f} nats/token, perplexity {final['validation_perplexity']:.2f}"
-        + (f", {bits:.3f} bits per byte" if bits is not None else "")
-    )
-    summary, bars = dict(final), {}
-    if writes(config):
-        summary["sample"] = text = sample(module, params, data.tokenizer, config.sample_prompt)
-        note(f"sample:\n{text}\n")
-        if jax.process_index() == 0:
-            write_whole(folder / "sample.txt", text + "\n")
-            summary["compressors_bits_per_byte"] = bars = references(data)
-            whole = data.counts["validation"]["bytes"] <= REFERENCE_BYTES
-            of = "the same text" if whole else f"the first {REFERENCE_BYTES / 1e6:g} MB of the same text"
-            note(f"bits per byte of {of}: {', '.join(f'{name} {bits:.3f}' for name, bits in bars.items())}")
+    ``summary.json`` holds."""
+    note(figures_line(final))
+    adds = written(config.sample_prompt, folder, data, module, params, note) if writes(config) else {}
+    summary = {**final, **adds}
     if jax.process_index() == 0:
-        write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        summarise(folder, summary)
         title = f"{config.model.family}, {tree.count(params):,} parameters, on {config.data.corpus}"
-        loss_curve(folder / METRICS, folder / "loss.png", bars, title)
+        loss_curve(folder / METRICS, folder / "loss.png", adds.get("compressors_bits_per_byte", {}), title)
         note(f"loss curve {folder / 'loss.png'}, checkpoints {folder / CHECKPOINTS}")
     return summary

@@ -12,12 +12,16 @@ from xylem.data import tokenizers
 from xylem.data.config import DataConfig
 from xylem.data.pretrained import PRETRAINED, pretrained
 from xylem.errors import ConfigError
+from xylem.files import read_object
 from xylem.models import hub
 from xylem.models.config import ModelConfig
 from xylem.models.language_model import LanguageModel
+from xylem.models.ngram_file import NGRAM, load_tree
+from xylem.models.ngram_lm import NGramLM
 from xylem.models.settings import from_dict
 from xylem.training.checkpoint import load_params
 from xylem.training.config import RunConfig, objectives_of
+from xylem.training.counting_config import CountingConfig
 from xylem.training.run_folder import CHECKPOINTS, CONFIG
 
 
@@ -45,17 +49,13 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     if not path.exists():
         allowed = f"give a run folder, a Hugging Face folder, a .gguf file, or one of {', '.join(PRETRAINED)}"
         raise ConfigError("checkpoint", name, allowed, PRETRAINED)
+    if (path / NGRAM).is_file():
+        return _open_counts(path)
     if (path / CHECKPOINTS).is_dir():
         params, metadata = _open_run(path)
         run = from_dict(RunConfig, metadata["config"])
         config = _decoder(name, run.model)
-        tokenizer = tokenizers.load(path / "tokenizer")
-        # Another text is then read with the model's tokenizer, and none is made anew.
-        data = replace(run.data, tokenizer=str(path / "tokenizer"))
-        if tokenizer.hash != metadata["tokenizer_hash"]:
-            raise ConfigError(
-                "tokenizer", str(path / "tokenizer"), "it is not the one this checkpoint was trained with"
-            )
+        tokenizer, data = _own_text(path, run.data, metadata["tokenizer_hash"])
     else:
         config, params = hub.load(path, dtype)
         config = _decoder(name, config)
@@ -73,6 +73,20 @@ def _decoder(name: str, config: ModelConfig) -> ModelConfig:
     if "causal_lm" not in objectives_of(config):
         raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
     return config
+
+
+def _open_counts(path: Path) -> Model:
+    config, params, tokenizer_hash = load_tree(path / NGRAM)
+    run = from_dict(CountingConfig, read_object(path / CONFIG, "checkpoint"))
+    return Model(NGramLM(config), params, *_own_text(path, run.data, tokenizer_hash))
+
+
+def _own_text(path: Path, data: DataConfig, tokenizer_hash: str) -> tuple[tokenizers.Tokenizer, DataConfig]:
+    """The tokenizer of a run folder, and the run's text; another text is then read with the same tokenizer, too."""
+    tokenizer = tokenizers.load(path / "tokenizer")
+    if tokenizer.hash != tokenizer_hash:
+        raise ConfigError("tokenizer", str(path / "tokenizer"), "it is not the one this checkpoint was trained with")
+    return tokenizer, replace(data, tokenizer=str(path / "tokenizer"))
 
 
 def _open_run(path: Path) -> tuple[Any, dict[str, Any]]:
