@@ -148,7 +148,7 @@ def run_of(rung: Rung, parsed: Arguments, data: Prepared) -> RunConfig:
     from xylem.training.config import ObjectiveConfig
 
     width, length = parsed.width, parsed.data.sequence_length
-    sizes = {"vocab_size": data.tokenizer.vocab_size, "max_length": length}
+    sizes: dict[str, Any] = {"vocab_size": data.tokenizer.vocab_size, "max_length": length}
     model = {
         # Output matrices of their own: the recurrent ones are narrower for it, or wider for their cheaper layers.
         "rnn": lambda: recurrent("rnn", 2, width * 13 // 8, **sizes),

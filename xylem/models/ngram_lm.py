@@ -11,41 +11,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from xylem.models.cache import TokenCache
 from xylem.models.language_model import LanguageModel, Output
 from xylem.models.ngram import contexts_at, log_distribution
-
-
-class TokenCache(struct.PyTreeNode):
-    """The tokens of each row themselves; ``lengths[b]`` of row b are valid. See ``cache`` for the protocol."""
-
-    tokens: Int[Array, "B S"] | Any
-    lengths: Int[Array, "B"] | Any
-
-    @property
-    def capacity(self) -> int:
-        """Tokens a row can hold."""
-        return self.tokens.shape[1]
-
-    def update(self, tokens: Int[Array, "B T"]) -> tuple[TokenCache, Int[Array, "B T"]]:
-        """Write T new tokens behind each row's length; returns their places too. Past the capacity they are dropped."""
-        places = self.lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        return self.replace(tokens=self.tokens.at[rows, places].set(tokens.astype(jnp.int32), mode="drop")), places
-
-    def advance(self, tokens: Int[Array, "B"] | int) -> TokenCache:
-        """Count the ``tokens`` just written, of all rows or of each."""
-        return self.replace(lengths=self.lengths + tokens)
-
-    def rewind(self, lengths: Int[Array, "B"]) -> TokenCache:
-        """Forget all but the first ``lengths[b]`` tokens of each row."""
-        return self.replace(lengths=jnp.minimum(self.lengths, lengths.astype(jnp.int32)))
-
-    def select(self, rows: Int[Array, "C"]) -> TokenCache:
-        """The cache of rows ``rows``, in that order and as often as named."""
-        return TokenCache(tokens=self.tokens[rows], lengths=self.lengths[rows])
 
 
 class NGramLM(LanguageModel):
@@ -77,8 +47,8 @@ class NGramLM(LanguageModel):
             held, places = tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             begins = jnp.zeros_like(tokens, bool) if segments is None else segments != jnp.roll(segments, 1, axis=1)
         else:
-            cache, places = cache.update(tokens)
-            cache = cache.advance(tokens.shape[1] if segments is None else (segments > 0).sum(axis=1))
+            places = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
+            cache = cache.update(tokens).advance(tokens.shape[1] if segments is None else (segments > 0).sum(axis=1))
             held, begins = cache.tokens, False
         hidden = contexts_at(held, begins | (held == self.config.end_of_text), places, self.config)
         logits = self.head(dict(self.variables["params"]), hidden)
@@ -87,7 +57,7 @@ class NGramLM(LanguageModel):
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int) -> TokenCache:
         """An empty cache for ``max_length`` tokens a row."""
-        return TokenCache(tokens=jnp.zeros((batch, max_length), jnp.int32), lengths=jnp.zeros(batch, jnp.int32))
+        return TokenCache.init(batch, max_length)
 
     @nn.nowrap
     def head(self, params: dict[str, Any], hidden: Int[Array, "*B C"]) -> Float[Array, "*B V"]:
