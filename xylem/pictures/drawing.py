@@ -1,0 +1,162 @@
+"""Flows as pictures: boxes, arrows, one palette. How any picture becomes a small file that says what it shows.
+
+What a picture was drawn from stands in the file's ``Description``, so whether a picture is out of date is told without
+drawing it again (``described``). Text is 8 points or more in a file that is as wide as a README's column.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path as Curve
+from matplotlib.textpath import TextPath
+from PIL import Image, PngImagePlugin
+
+from xylem.files import write_whole
+from xylem.pictures.flow import Flow, Node
+from xylem.pictures.layout import Box, Plan, plan
+from xylem.training.plots import GRID, INK, MUTED, TRAIN, VALID
+
+DPI, COLOURS = 160, 64
+TITLE, SMALL = 9.0, 8.0  # points
+LINE = 0.15  # inches from line to line
+QUIET = "#52606d"  # small text, dark enough to read
+FILLS = {"module": "#e3f1ea", "function": "#f3f4f6", "join": "#ffffff", "layers": "#fbeccb", "input": "#ffffff"}
+EDGES = {"module": TRAIN, "function": MUTED, "join": INK, "layers": "#b7791f", "input": GRID}
+PANEL_GAP, MARGIN, HEADING = 0.45, 0.12, 0.34
+CLUSTER = "#f8fafb"
+
+
+def draw_flows(flows: Sequence[Flow], path: str | Path) -> None:
+    """Draw flows beside each other, with those of their layers behind them, as a PNG that replaces ``path``."""
+    panels = [one for flow in flows for one in (flow, *flow.layers)]
+    plans = [plan(flow, [_size(node) for node in flow.nodes]) for flow in panels]
+    width = sum(one.width for one in plans) + PANEL_GAP * (len(plans) - 1) + 2 * MARGIN
+    height = max(one.height for one in plans) + HEADING + 2 * MARGIN
+    figure, axis = canvas(width, height)
+    left = MARGIN
+    for flow, made in zip(panels, plans, strict=True):
+        axis.text(left, MARGIN, flow.name, fontsize=TITLE, fontweight="bold", color=INK, va="top")
+        _draw(axis, flow, made, left, MARGIN + HEADING)
+        left += made.width + PANEL_GAP
+    save(figure, path, "\n".join(map(str, flows)))
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Any]:
+    """A white figure of so many inches, and an axis over all of it in inches, y downwards."""
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, width), ylim=(height, 0))
+    axis.set_axis_off()
+    return figure, axis
+
+
+def save(figure: Figure, path: str | Path, description: str) -> None:
+    """Write a figure as a PNG of few colours, the same bytes each time; ``description`` is what it was drawn from."""
+    agg = FigureCanvasAgg(figure)
+    agg.draw()
+    picture = Image.fromarray(agg.buffer_rgba()[..., :3].copy() if hasattr(agg.buffer_rgba(), "copy") else _rgb(agg))
+    picture = picture.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    about = PngImagePlugin.PngInfo()
+    about.add_itxt("Description", description)
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True, pnginfo=about, dpi=(DPI, DPI))
+    write_whole(path, file.getvalue())
+
+
+def described(path: str | Path) -> str:
+    """What a picture was drawn from."""
+    with Image.open(path) as picture:
+        picture.load()
+        return str(picture.info.get("Description", ""))
+
+
+def _rgb(agg: FigureCanvasAgg) -> Any:
+    import numpy as np
+
+    return np.asarray(agg.buffer_rgba())[..., :3].copy()
+
+
+def text_width(text: str, points: float, bold: bool = False) -> float:
+    """How wide a line of text is, in inches."""
+    if not text:
+        return 0.0
+    from matplotlib.font_manager import FontProperties
+
+    return TextPath((0, 0), text, size=points, prop=FontProperties(weight="bold" if bold else "normal")).get_extents().width / 72
+
+
+def _size(node: Node) -> tuple[float, float]:
+    """Width and height of a node's box."""
+    if node.kind == "join" and not node.note and not node.weights and len(node.title) < 3:
+        return 0.24, 0.24
+    small = max((text_width(line, SMALL) for line in _small(node)), default=0.0)
+    width = max(text_width(node.title, TITLE, node.kind != "input"), small) + 0.18
+    return max(width, 0.4), LINE * (1 + len(_small(node))) + 0.1
+
+
+def _small(node: Node) -> list[str]:
+    return [*([node.note] if node.note else []), *node.weights]
+
+
+def _draw(axis: Any, flow: Flow, made: Plan, left: float, top: float) -> None:
+    """One panel: what belongs to one module on one ground, then edges, then boxes."""
+    boxes = [Box(box.x + left, box.y + top, box.width, box.height) for box in made.boxes]
+    for owner in dict.fromkeys(node.owner for node in flow.nodes if node.owner):
+        _ground(axis, owner, [box for node, box in zip(flow.nodes, boxes, strict=True) if node.owner == owner])
+    for route in made.routes:
+        _arrow(axis, [(x + left, y + top) for x, y in route])
+    for node, box in zip(flow.nodes, boxes, strict=True):
+        _box(axis, node, box)
+
+
+def _ground(axis: Any, owner: str, boxes: Sequence[Box]) -> None:
+    pad = 0.07
+    left = min(box.x - box.width / 2 for box in boxes) - pad
+    right = max(box.x + box.width / 2 for box in boxes) + pad
+    top = min(box.y - box.height / 2 for box in boxes) - pad
+    bottom = max(box.y + box.height / 2 for box in boxes) + pad
+    style = "round,pad=0,rounding_size=0.08"
+    shape = FancyBboxPatch((left, top), right - left, bottom - top, boxstyle=style, fc=CLUSTER, ec=GRID, lw=0.8, zorder=0)
+    axis.add_patch(shape)
+    axis.text(right - 0.05, bottom - 0.04, owner, fontsize=SMALL, color=QUIET, ha="right", va="bottom", style="italic")
+
+
+def _arrow(axis: Any, points: Sequence[tuple[float, float]]) -> None:
+    vertices, codes = [points[0]], [Curve.MOVETO]
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if x0 == x1:
+            vertices, codes = [*vertices, (x1, y1)], [*codes, Curve.LINETO]
+        else:
+            middle = (y0 + y1) / 2
+            vertices, codes = [*vertices, (x0, middle), (x1, middle), (x1, y1)], [*codes, *[Curve.CURVE4] * 3]
+    arrow = FancyArrowPatch(
+        path=Curve(vertices, codes), arrowstyle="-|>,head_length=3,head_width=1.6", mutation_scale=1.4, lw=0.9,
+        color=QUIET, shrinkA=0, shrinkB=0, zorder=1,
+    )  # fmt: skip
+    axis.add_patch(arrow)
+
+
+def _box(axis: Any, node: Node, box: Box) -> None:
+    fill, edge = FILLS.get(node.kind, "#ffffff"), EDGES.get(node.kind, GRID)
+    if box.width == box.height == 0.24:
+        axis.add_patch(Circle((box.x, box.y), 0.12, fc=fill, ec=edge, lw=0.9, zorder=2))
+    elif node.kind not in ("input", "output"):
+        corner = box.x - box.width / 2, box.y - box.height / 2
+        style = "round,pad=0,rounding_size=0.05"
+        axis.add_patch(FancyBboxPatch(corner, box.width, box.height, boxstyle=style, fc=fill, ec=edge, lw=0.9, zorder=2))
+    lines = _small(node)
+    y = box.y - LINE * len(lines) / 2
+    weight = "normal" if node.kind in ("input", "output", "join") else "bold"
+    style = "italic" if node.kind in ("input", "output") else "normal"
+    axis.text(box.x, y, node.title, fontsize=TITLE, fontweight=weight, style=style, color=INK, ha="center",
+              va="center_baseline", zorder=3)  # fmt: skip
+    for number, line in enumerate(lines, 1):
+        colour = VALID if line == node.note else QUIET
+        axis.text(box.x, y + LINE * number, line, fontsize=SMALL, color=colour, ha="center", va="center_baseline", zorder=3)

@@ -1,0 +1,473 @@
+"""What flows where in a network, read off the program that jax traces of it.
+
+Every equation of a traced program knows which of its operands are parameters and through which functions of this
+package it came. ``of_model`` gathers equations to what a reader calls a step, and asks no family anything:
+
+- a module that calls no other (a dense layer, a norm) is one node, named by the path of the parameters that it reads;
+- a function that calls no module (``attend``, ``rotate``) is one node, named as the function;
+- what stands in a line of a module that calls others (a residual sum) is a node of its own;
+- what only changes shape or type is no node;
+- the scan over layers is one node, and the flow of one layer is a ``Flow`` of its own.
+
+``of_function`` makes a node of every equation: the gates of a cell, one step of a scan.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend.source_info_util import summarize
+
+from xylem.models import build
+from xylem.models.config import ModelConfig, Seq2SeqConfig
+from xylem.models.settings import Compute
+
+Kind = Literal["input", "output", "module", "function", "join", "layers"]
+
+PACKAGE = str(Path(__file__).parents[1])
+RESHAPING = {
+    *("reshape", "broadcast_in_dim", "transpose", "squeeze", "expand_dims", "slice", "split", "copy"),
+    *("convert_element_type", "stop_gradient"),
+}
+SYMBOLS = {"add": "+", "mul": "×", "sub": "−", "neg": "−", "logistic": "σ", "dot_general": "·"}  # noqa: RUF001
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step.
+
+    Attributes:
+        title: what the code calls it.
+        owner: path of the module whose ``__call__`` holds it, from the model or the layer on; empty for these.
+        weights: the parameters that it reads, as ``kernel 768 x 3072``.
+        note: what it is made of, where its title does not say it.
+    """
+
+    kind: Kind
+    title: str
+    owner: str = ""
+    weights: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def path(self) -> str:
+        """The title behind the owner's path."""
+        return f"{self.owner}/{self.title}" if self.owner else self.title
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Steps and what passes between them; ``edges`` are pairs of places in ``nodes``.
+
+    Attributes:
+        layers: the flow of one layer, by the title of the node that scans over it.
+    """
+
+    name: str
+    nodes: tuple[Node, ...]
+    edges: tuple[tuple[int, int], ...]
+    layers: tuple[Flow, ...] = ()
+
+    def __str__(self) -> str:
+        """All that a picture shows, a line a node: its number, what it is, and the nodes that it reads."""
+        lines = [f"[{self.name}]"]
+        for number, node in enumerate(self.nodes):
+            reads = " ".join(str(a) for a, b in self.edges if b == number)
+            parts = [f"{number} {node.kind} {node.path}", *node.weights, node.note, f"<- {reads}" * bool(reads)]
+            lines.append("; ".join(part for part in parts if part))
+        return "\n".join([*lines, *map(str, self.layers)])
+
+
+def of_model(config: ModelConfig, name: str, tokens: int = 8) -> Flow:
+    """The flow of a model of any family, traced with shapes alone: no weight is made, whatever its size."""
+    module = build(config.with_compute(Compute(kernels="plain", layers="scan")))
+    ids = {"tokens": jax.ShapeDtypeStruct((1, tokens), jnp.int32)}
+    if isinstance(config, Seq2SeqConfig):
+        ids |= {"decoder_tokens": jax.ShapeDtypeStruct((1, tokens), jnp.int32)}
+
+    def forward(inputs: dict[str, Any]) -> dict[str, Any]:
+        out: Any = module.apply({"params": inputs["params"]}, **{name: inputs[name] for name in ids})
+        results = {name: getattr(out, name, None) for name in ("logits", "pair_logits")}
+        return {name: value for name, value in results.items() if value is not None}
+
+    params = jax.eval_shape(module.init, jax.random.key(0), **ids)["params"]
+    # jax has no name of its own for some activations: the config's is shown.
+    activation = getattr(config.decoder if isinstance(config, Seq2SeqConfig) else config, "activation", "")
+    words = dict.fromkeys(("activation", "gated"), activation)
+    return _trace(forward, {"params": params, **ids}, name, detail=False, words=words)
+
+
+def of_function(function: Callable[[dict[str, Any]], dict[str, Any]], inputs: dict[str, Any], name: str) -> Flow:
+    """The flow of a function of named arrays, an equation a node; ``inputs`` are arrays or their shapes."""
+    return _trace(function, inputs, name, detail=True, words={})
+
+
+# --- what an equation tells -------------------------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """Where in this package an equation came through."""
+
+    file: str
+    line: int
+    column: int
+    function: str
+
+
+_FRAME = re.compile(r"(?P<file>.*?):(?P<line>\d+)(?::(?P<column>\d+))? \((?P<function>.*)\)")
+
+
+def frames(equation: Any) -> list[Frame]:
+    """The calls within this package that led to an equation, the outermost first."""
+    lines = summarize(equation.source_info, num_frames=200).splitlines()
+    found = [_FRAME.fullmatch(line) for line in lines if line.startswith(PACKAGE)]
+    return [
+        Frame(one["file"], int(one["line"]), int(one["column"] or 0), one["function"].partition(".<locals>")[0])
+        for one in found
+        if one and "<locals>.<lambda>" not in one["function"]
+    ]
+
+
+def bodies(equation: Any) -> list[Any]:
+    """The programs that an equation runs: those of a scan, a conditional, a function."""
+    values = [one for value in equation.params.values() for one in (value if isinstance(value, tuple) else [value])]
+    return [getattr(value, "jaxpr", value) for value in values if hasattr(getattr(value, "jaxpr", value), "eqns")]
+
+
+def _is_call(frame: Frame) -> bool:
+    return frame.function.endswith("__call__")
+
+
+def callers(found: set[str]) -> Callable[..., Any]:
+    """An interceptor of module calls (flax) that adds to ``found`` every function of this package they come through."""
+
+    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_filename.startswith(PACKAGE):
+                found.add(frame.f_code.co_qualname.partition(".<locals>")[0])
+            frame = frame.f_back
+        return call(*args, **kwargs)
+
+    return note
+
+
+@cache
+def _assignments(file: str) -> list[ast.Assign]:
+    return [node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Assign)]
+
+
+def assigned(frame: Frame) -> str:
+    """The variable that the statement of a frame gives a value to; empty where there is not just one."""
+    for node in _assignments(frame.file):
+        if node.lineno <= frame.line <= (node.end_lineno or node.lineno) and isinstance(node.targets[0], ast.Name):
+            return node.targets[0].id
+    return ""
+
+
+def parted(frame: Frame) -> list[str]:
+    """The variables that a call at a frame is unpacked to, as ``a, b`` of ``a, b = split(x)``."""
+    for node in _assignments(frame.file):
+        if not (node.lineno <= frame.line <= (node.end_lineno or node.lineno)):
+            continue
+        target, value = node.targets[0], node.value
+        pairs = [(target, value)]
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            pairs = list(zip(target.elts, value.elts, strict=True))
+        for names, call in pairs:
+            if call.col_offset == frame.column and isinstance(names, ast.Tuple):
+                return [name.id for name in names.elts if isinstance(name, ast.Name)]
+    return []
+
+
+# --- gathering --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Group:
+    """Equations that make one node, while they are gathered."""
+
+    key: Any
+    kind: Kind
+    path: list[Frame]
+    owner: str = ""
+    title: str = ""
+    note: str = ""
+    reads: dict[int, None] = field(default_factory=dict)  # other groups, in the order of reading
+    weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    operations: list[str] = field(default_factory=list)
+    changes: bool = False  # more than shapes and types
+    body: Flow | None = None
+
+
+class _Origin(NamedTuple):
+    """Where a value came from: a group, or a parameter; ``label`` where the code names it apart."""
+
+    group: int | None = None
+    weight: str | None = None
+    label: str = ""
+
+
+def _trace(
+    function: Callable[..., Any], inputs: dict[str, Any], name: str, detail: bool, words: dict[str, str]
+) -> Flow:
+    calling: set[str] = set()
+    with nn.intercept_methods(callers(calling)):
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(inputs)
+    reader = _Reader(calling, detail, words)
+    for path, variable in zip(_paths(inputs), closed.jaxpr.invars, strict=True):
+        if path.startswith("params/"):
+            reader.origins[variable] = _Origin(weight=path.removeprefix("params/"))
+        else:
+            reader.origins[variable] = reader.add(_Group(None, "input", [], title=path))
+    return reader.read(closed.jaxpr, name, [], _paths(shapes))
+
+
+def _paths(tree: Any) -> list[str]:
+    keys = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in keys]
+
+
+class _Reader:
+    """Reads one program, equation by equation."""
+
+    def __init__(self, calling: set[str], detail: bool, words: dict[str, str]):
+        self.calling, self.detail, self.words = calling, detail, words
+        self.groups: list[_Group] = []
+        self.same: list[int] = []  # the group that each has become part of
+        self.origins: dict[Any, _Origin] = {}
+        self.flows: list[Flow] = []
+        self.results: dict[Any, int] = {}  # by statement and variable, the last operation of it so far
+
+    def add(self, group: _Group) -> _Origin:
+        self.groups.append(group)
+        self.same.append(len(self.same))
+        return _Origin(group=len(self.groups) - 1)
+
+    def find(self, group: int) -> int:
+        while self.same[group] != group:
+            group = self.same[group]
+        return group
+
+    def read(self, program: Any, name: str, outside: list[Frame], results: list[str]) -> Flow:
+        """The flow of a program; ``outside`` are the frames that led to all of it, ``results`` names of its outputs."""
+        for equation in program.eqns:
+            self.take(equation, _within(frames(equation), outside))
+        for result, variable in zip(results, program.outvars, strict=True):
+            origin = self.origins.get(variable, _Origin())
+            if result and origin.group is not None:
+                self.add(_Group(None, "output", [], title=result, reads={origin.group: None}))
+        return self.finish(name)
+
+    def take(self, equation: Any, path: list[Frame]) -> None:
+        """Add an equation to the node that it is part of."""
+        operation = equation.primitive.name
+        known = [(v, self.origins[v]) for v in equation.invars if not hasattr(v, "val") and v in self.origins]
+        if operation == "scan" and path and path[-1].function in self.calling:
+            return self.scan(equation, path)
+        unit = self.unit(path)
+        if unit is None and known and (operation in RESHAPING or _operation(equation) == "+ 0"):
+            labels = parted(path[-1]) if operation == "split" and path else []
+            for place, variable in enumerate(equation.outvars):
+                origin = known[0][1]
+                self.origins[variable] = origin._replace(label=labels[place]) if labels else origin
+            return
+        if unit is None and not known:
+            return  # a constant
+        key = (id(equation),) if self.detail else unit or tuple(frame[:2] for frame in path)
+        groups = [self.find(origin.group) for _, origin in known if origin.group is not None]
+        mine = [group for group in groups if self.groups[group].key == key]
+        here = mine[0] if mine else self.add(_Group(key, _kind(unit), path, self.owner(equation, path))).group
+        assert here is not None
+        for other in mine[1:]:
+            if other != here:
+                self.join(here, other)
+        self.note(here, equation, path, known)
+        for variable in equation.outvars:
+            self.origins[variable] = _Origin(group=here)
+
+    def unit(self, path: list[Frame]) -> tuple | None:
+        """What an equation is part of: the outermost module or public function that calls no module."""
+        for frame in path if not self.detail else ():
+            own = frame.function.rpartition(".")[2]
+            if frame.function not in self.calling and (not own.startswith("_") or _is_call(frame)):
+                return ("module" if _is_call(frame) else "function", frame.function, _depth(path, frame))
+        return None
+
+    def owner(self, equation: Any, path: list[Frame]) -> str:
+        """The path of the module that holds an equation, without the module that the equation is all of."""
+        classes = {frame.function.partition(".")[0] for frame in path if _is_call(frame)}
+        parts = re.split(r"/", str(equation.source_info.name_stack))
+        parts = [part for part in parts if re.fullmatch(r"[A-Za-z_]\w*", part) and part not in classes]
+        unit = self.unit(path)
+        return "/".join(parts[:-1] if unit and unit[0] == "module" else parts)
+
+    def join(self, one: int, other: int) -> None:
+        kept, lost = self.groups[one], self.groups[other]
+        kept.reads |= lost.reads
+        kept.weights |= lost.weights
+        kept.operations += lost.operations
+        kept.changes |= lost.changes
+        kept.path = _common(kept.path, lost.path)
+        self.same[other] = one
+
+    def note(self, here: int, equation: Any, path: list[Frame], known: list[tuple[Any, _Origin]]) -> None:
+        """Write down what an equation adds to its node."""
+        group = self.groups[here]
+        group.path = _common(group.path, path)
+        for variable, origin in known:
+            if origin.weight is not None:
+                group.weights[origin.weight] = variable.aval.shape
+            elif origin.group is not None:
+                group.reads[origin.group] = None
+        group.operations.append(_operation(equation))
+        group.changes |= equation.primitive.name not in RESHAPING
+        if self.detail:
+            group.note = ", ".join(origin.label for _, origin in known if origin.label)
+            self.name_last(here, path[-1] if path else None)
+
+    def name_last(self, here: int, frame: Frame | None) -> None:
+        """Give the name of a variable to the last of the operations whose result it is."""
+        name = assigned(frame) if frame else ""
+        if name:
+            before = self.results.get((frame[:2], name))  # pyright: ignore[reportOptionalSubscript]
+            if before is not None and self.groups[before].note == name:
+                self.groups[before].note = ""
+            self.results[frame[:2], name] = here  # pyright: ignore[reportOptionalSubscript]
+            self.groups[here].note = self.groups[here].note or name
+
+    def scan(self, equation: Any, path: list[Frame]) -> None:
+        """Make a node of the scan over layers, and a flow of its body."""
+        (body,), consts, carried = bodies(equation), equation.params["num_consts"], equation.params["num_carry"]
+        inner = _Reader(self.calling, self.detail, self.words)
+        group = _Group((id(equation),), "layers", path, self.owner(equation, path))
+        stacked: set[int] = set()
+        named: dict[str, _Origin] = {}
+        for place, (outer, own) in enumerate(zip(equation.invars, body.invars, strict=True)):
+            origin = _Origin() if hasattr(outer, "val") else self.origins.get(outer, _Origin())
+            if origin.weight is not None:
+                run, _, rest = origin.weight.partition("layers/")
+                inner.origins[own] = _Origin(weight=rest)
+                group.title, group.owner = "layers", run.rstrip("/")
+                stacked.add(outer.aval.shape[0])
+            elif origin.group is not None:
+                group.reads[origin.group] = None
+                source = self.node(self.find(origin.group))
+                title = "h" if consts <= place < consts + carried else source.path
+                if title not in named:
+                    named[title] = inner.add(_Group(None, "input", [], title=title))
+                inner.origins[own] = named[title]
+            elif place >= consts + carried:
+                inner.origins[own] = inner.add(_Group(None, "input", [], title="number of the layer"))
+        length = equation.params["length"]
+        group.note = f"{length} layers" if stacked == {length} else f"{length} layers, one set of weights"
+        results = ["h"] * carried + [""] * (len(body.outvars) - carried)
+        where = f"{group.owner}/layers" if group.owner else "layers"
+        flow = inner.read(body, f"one of {where}", frames(equation), results)
+        self.flows.append(flow)
+        here = self.add(group)
+        for variable in equation.outvars[:carried]:
+            self.origins[variable] = here
+
+    def title(self, place: int) -> str:
+        """What a node is called."""
+        group = self.groups[place]
+        if group.title:
+            return group.title
+        if group.kind == "module" and group.weights:
+            return _parent(group.weights).rpartition("/")[2]
+        if group.kind in ("module", "function"):
+            return group.path[-1].function.rpartition(".")[2].removesuffix("_plain")
+        alone = len(group.reads) < 2 and group.operations[0] in SYMBOLS.values()  # such as distances, x[:, None] - x
+        if len(group.operations) == 1 and (self.detail or not alone):
+            return group.operations[0]
+        return assigned(group.path[-1]) or " ".join(group.operations)
+
+    def finish(self, name: str) -> Flow:
+        """Nodes that something comes of, in the order of the program."""
+        reads = {
+            place: {self.find(other) for other in group.reads} - {place}
+            for place, group in enumerate(self.groups)
+            if self.same[place] == place
+        }
+        for place in list(reads):
+            group = self.groups[place]
+            if group.kind == "function" and not group.weights and not group.changes:
+                through = reads.pop(place)
+                reads = {one: (of - {place}) | through if place in of else of for one, of in reads.items()}
+        wanted = {place for place in reads if self.groups[place].kind == "output"}
+        while more := {other for place in wanted for other in reads[place]} - wanted:
+            wanted |= more
+        places = sorted(wanted)
+        numbers = {place: number for number, place in enumerate(places)}
+        nodes = tuple(self.node(place) for place in places)
+        edges = tuple((numbers[other], numbers[place]) for place in places for other in sorted(reads[place]))
+        return Flow(name, nodes, edges, tuple(self.flows))
+
+    def node(self, place: int) -> Node:
+        """A group as it is shown."""
+        group, title = self.groups[place], self.title(place)
+        base, owner, note = "", group.owner, group.note
+        if group.kind == "module" and group.weights:
+            base = _parent(group.weights)
+            owner = base.rpartition("/")[0]
+        if group.kind == "function":
+            named = [one[1:] for one in group.operations if one.startswith("=")]
+            scales = [one for one in group.operations if one.startswith("× ") and "·" in group.operations]  # noqa: RUF001
+            note = self.words.get(title) or " ".join([*named, *scales])
+        shapes = {path.removeprefix(f"{base}/"): shape for path, shape in group.weights.items()}
+        weights = tuple(f"{path} {' × '.join(map(str, shape))}" for path, shape in shapes.items())  # noqa: RUF001
+        return Node(group.kind, title.removeprefix("="), owner, weights, note)
+
+
+def _kind(unit: tuple | None) -> Kind:
+    return "join" if unit is None else unit[0]
+
+
+def _depth(path: list[Frame], frame: Frame) -> int:
+    """Sets apart a function's calls from different modules."""
+    return sum(map(_is_call, path[: path.index(frame)]))
+
+
+def _common(one: list[Frame], other: list[Frame]) -> list[Frame]:
+    """The frames that two paths begin with, by function; lines are the first path's."""
+    count = 0
+    while count < min(len(one), len(other)) and one[count].function == other[count].function:
+        count += 1
+    return one[:count]
+
+
+def _within(path: list[Frame], outside: list[Frame]) -> list[Frame]:
+    """The frames of a path that lie further in than others; jax may leave the outer ones of a scan's body out."""
+    return path[len(outside) :] if path[: len(outside)] == outside else path
+
+
+def _operation(equation: Any) -> str:
+    """The symbol of an operation; a named function of jax's own begins with =."""
+    name = equation.params.get("name", "") if bodies(equation) else ""
+    if name and not name.startswith("_"):
+        return f"={name}"
+    literal = next((v.val for v in equation.invars if hasattr(v, "val") and jnp.ndim(v.val) == 0), None)
+    symbol = SYMBOLS.get(equation.primitive.name, equation.primitive.name)
+    if literal is None or len(equation.invars) != 2:
+        return symbol
+    return f"{float(literal):.3g} {symbol}" if hasattr(equation.invars[0], "val") else f"{symbol} {float(literal):.3g}"
+
+
+def _parent(weights: dict[str, tuple[int, ...]]) -> str:
+    """The longest path that all of some parameters lie under."""
+    paths = [path.split("/")[:-1] for path in weights]
+    common = paths[0]
+    for path in paths[1:]:
+        common = [a for a, b in zip(common, path, strict=False) if a == b]
+    return "/".join(common)
