@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
 from matplotlib.textpath import TextPath
@@ -21,21 +23,27 @@ from PIL import Image, PngImagePlugin
 from xylem.files import write_whole
 from xylem.pictures.flow import Flow, Node
 from xylem.pictures.layout import Box, Plan, plan
-from xylem.training.plots import GRID, INK, MUTED, TRAIN, VALID
+from xylem.training.plots import GRID, INK, MUTED, TRAIN
 
-DPI, COLOURS = 160, 64
+DPI = 150
 TITLE, SMALL = 9.0, 8.0  # points
 LINE = 0.15  # inches from line to line
 QUIET = "#52606d"  # small text, dark enough to read
 FILLS = {"module": "#e3f1ea", "function": "#f3f4f6", "join": "#ffffff", "layers": "#fbeccb", "input": "#ffffff"}
 EDGES = {"module": TRAIN, "function": MUTED, "join": INK, "layers": "#b7791f", "input": GRID}
 PANEL_GAP, MARGIN, HEADING = 0.45, 0.12, 0.34
-CLUSTER = "#f8fafb"
+CLUSTER, NOTE = "#f8fafb", "#2b6cb0"
+# All that a picture's file has: 16 colours are half a byte a pixel. Between the inks and the grounds lie the edges of
+# letters.
+PALETTE = (
+    *("#ffffff", CLUSTER, GRID, "#e3f1ea", "#f3f4f6", "#fbeccb", "#d6e4f0"),
+    *(INK, QUIET, MUTED, "#aab4bd", "#cbd2d9", TRAIN, "#86b8a5", NOTE, "#b7791f"),
+)
 
 
 def draw_flows(flows: Sequence[Flow], path: str | Path) -> None:
     """Draw flows beside each other, with those of their layers behind them, as a PNG that replaces ``path``."""
-    panels = [one for flow in flows for one in (flow, *flow.layers)]
+    panels = [one for flow in flows for one in (flow, *flow.layers[-1:])]
     plans = [plan(flow, [_size(node) for node in flow.nodes]) for flow in panels]
     width = sum(one.width for one in plans) + PANEL_GAP * (len(plans) - 1) + 2 * MARGIN
     height = max(one.height for one in plans) + HEADING + 2 * MARGIN
@@ -61,8 +69,10 @@ def save(figure: Figure, path: str | Path, description: str) -> None:
     """Write a figure as a PNG of few colours, the same bytes each time; ``description`` is what it was drawn from."""
     agg = FigureCanvasAgg(figure)
     agg.draw()
-    picture = Image.fromarray(agg.buffer_rgba()[..., :3].copy() if hasattr(agg.buffer_rgba(), "copy") else _rgb(agg))
-    picture = picture.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    picture = Image.fromarray(np.asarray(agg.buffer_rgba())[..., :3])
+    table = Image.new("P", (1, 1))
+    table.putpalette(bytes.fromhex("".join(colour[1:] for colour in PALETTE)))
+    picture = picture.quantize(palette=table, dither=Image.Dither.NONE)
     about = PngImagePlugin.PngInfo()
     about.add_itxt("Description", description)
     file = io.BytesIO()
@@ -77,19 +87,12 @@ def described(path: str | Path) -> str:
         return str(picture.info.get("Description", ""))
 
 
-def _rgb(agg: FigureCanvasAgg) -> Any:
-    import numpy as np
-
-    return np.asarray(agg.buffer_rgba())[..., :3].copy()
-
-
 def text_width(text: str, points: float, bold: bool = False) -> float:
     """How wide a line of text is, in inches."""
     if not text:
         return 0.0
-    from matplotlib.font_manager import FontProperties
-
-    return TextPath((0, 0), text, size=points, prop=FontProperties(weight="bold" if bold else "normal")).get_extents().width / 72
+    font = FontProperties(weight="bold" if bold else "normal")
+    return TextPath((0, 0), text, size=points, prop=font).get_extents().width / 72
 
 
 def _size(node: Node) -> tuple[float, float]:
@@ -109,29 +112,42 @@ def _draw(axis: Any, flow: Flow, made: Plan, left: float, top: float) -> None:
     """One panel: what belongs to one module on one ground, then edges, then boxes."""
     boxes = [Box(box.x + left, box.y + top, box.width, box.height) for box in made.boxes]
     for owner in dict.fromkeys(node.owner for node in flow.nodes if node.owner):
-        _ground(axis, owner, [box for node, box in zip(flow.nodes, boxes, strict=True) if node.owner == owner])
+        mine = {number for number, node in enumerate(flow.nodes) if node.owner == owner}
+        inside = [route for edge, route in zip(flow.edges, made.routes, strict=True) if mine.issuperset(edge)]
+        _ground(axis, owner, [boxes[number] for number in sorted(mine)], [x + left for one in inside for x, _ in one])
     for route in made.routes:
         _arrow(axis, [(x + left, y + top) for x, y in route])
     for node, box in zip(flow.nodes, boxes, strict=True):
         _box(axis, node, box)
 
 
-def _ground(axis: Any, owner: str, boxes: Sequence[Box]) -> None:
+def _ground(axis: Any, owner: str, boxes: Sequence[Box], lanes: Sequence[float]) -> None:
+    """The ground of what belongs to a module: its boxes, and the lanes between them."""
     pad = 0.07
-    left = min(box.x - box.width / 2 for box in boxes) - pad
-    right = max(box.x + box.width / 2 for box in boxes) + pad
+    left = min([box.x - box.width / 2 for box in boxes] + [*lanes]) - pad
+    right = max([box.x + box.width / 2 for box in boxes] + [*lanes]) + pad
     top = min(box.y - box.height / 2 for box in boxes) - pad
-    bottom = max(box.y + box.height / 2 for box in boxes) + pad
+    bottom = max(box.y + box.height / 2 for box in boxes) + 0.2
     style = "round,pad=0,rounding_size=0.08"
-    shape = FancyBboxPatch((left, top), right - left, bottom - top, boxstyle=style, fc=CLUSTER, ec=GRID, lw=0.8, zorder=0)
+    shape = FancyBboxPatch(
+        (left, top), right - left, bottom - top, boxstyle=style, fc=CLUSTER, ec=GRID, lw=0.8, zorder=0
+    )
     axis.add_patch(shape)
-    axis.text(right - 0.05, bottom - 0.04, owner, fontsize=SMALL, color=QUIET, ha="right", va="bottom", style="italic")
+    lowest = max(boxes, key=lambda box: box.y)
+    x, side = (left + 0.05, "left") if lowest.x > (left + right) / 2 + 0.1 else (right - 0.05, "right")
+    clear = {"facecolor": CLUSTER, "edgecolor": "none", "pad": 0.5}
+    axis.text(x, bottom - 0.04, owner, fontsize=SMALL, color=QUIET, ha=side, va="bottom", style="italic", bbox=clear,
+              zorder=1.5)  # fmt: skip
 
 
 def _arrow(axis: Any, points: Sequence[tuple[float, float]]) -> None:
     vertices, codes = [points[0]], [Curve.MOVETO]
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        if x0 == x1:
+        if x0 == x1 and (x1, y1) != points[-1] and points[-1][1] == y1:  # the next one goes sideways: a round corner
+            turn = 0.1 if points[-1][0] > x1 else -0.1
+            vertices = [*vertices, (x1, y1 - 0.1), (x1, y1), (x1 + turn, y1)]
+            codes = [*codes, Curve.LINETO, *[Curve.CURVE3] * 2]
+        elif x0 == x1 or y0 == y1:
             vertices, codes = [*vertices, (x1, y1)], [*codes, Curve.LINETO]
         else:
             middle = (y0 + y1) / 2
@@ -150,7 +166,9 @@ def _box(axis: Any, node: Node, box: Box) -> None:
     elif node.kind not in ("input", "output"):
         corner = box.x - box.width / 2, box.y - box.height / 2
         style = "round,pad=0,rounding_size=0.05"
-        axis.add_patch(FancyBboxPatch(corner, box.width, box.height, boxstyle=style, fc=fill, ec=edge, lw=0.9, zorder=2))
+        axis.add_patch(
+            FancyBboxPatch(corner, box.width, box.height, boxstyle=style, fc=fill, ec=edge, lw=0.9, zorder=2)
+        )
     lines = _small(node)
     y = box.y - LINE * len(lines) / 2
     weight = "normal" if node.kind in ("input", "output", "join") else "bold"
@@ -158,5 +176,7 @@ def _box(axis: Any, node: Node, box: Box) -> None:
     axis.text(box.x, y, node.title, fontsize=TITLE, fontweight=weight, style=style, color=INK, ha="center",
               va="center_baseline", zorder=3)  # fmt: skip
     for number, line in enumerate(lines, 1):
-        colour = VALID if line == node.note else QUIET
-        axis.text(box.x, y + LINE * number, line, fontsize=SMALL, color=colour, ha="center", va="center_baseline", zorder=3)
+        colour = NOTE if line == node.note else QUIET
+        axis.text(
+            box.x, y + LINE * number, line, fontsize=SMALL, color=colour, ha="center", va="center_baseline", zorder=3
+        )

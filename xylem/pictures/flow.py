@@ -408,7 +408,9 @@ class _Reader:
         wanted = {place for place in reads if self.groups[place].kind == "output"}
         while more := {other for place in wanted for other in reads[place]} - wanted:
             wanted |= more
-        places = sorted(wanted)
+        first = {other: place for place in sorted(wanted, reverse=True) for other in reads[place]}
+        before = {place for place in wanted if self.groups[place].kind == "input"}
+        places = sorted(wanted, key=lambda place: first[place] - 0.5 if place in before else place)
         numbers = {place: number for number, place in enumerate(places)}
         nodes = tuple(self.node(place) for place in places)
         edges = tuple((numbers[other], numbers[place]) for place in places for other in sorted(reads[place]))
@@ -424,7 +426,7 @@ class _Reader:
         if group.kind == "function":
             named = [one[1:] for one in group.operations if one.startswith("=")]
             scales = [one for one in group.operations if one.startswith("× ") and "·" in group.operations]  # noqa: RUF001
-            note = self.words.get(title) or " ".join([*named, *scales])
+            note = self.words.get(title) or " ".join(named if title in self.words else scales)
         shapes = {path.removeprefix(f"{base}/"): shape for path, shape in group.weights.items()}
         weights = tuple(f"{path} {' × '.join(map(str, shape))}" for path, shape in shapes.items())  # noqa: RUF001
         return Node(group.kind, title.removeprefix("="), owner, weights, note)

@@ -1,7 +1,7 @@
 """Where the boxes of a flow lie: rows from top to bottom, so that every edge goes down (Sugiyama et al. 1981).
 
-Lengths are inches, y grows downwards. A node lies one row below the lowest that it reads; an edge over several rows gets
-a place in each; the order within rows has few crossings; x is where edges are short and straight.
+Lengths are inches, y grows downwards. A node lies just above the highest that reads it; an edge over several rows has a
+lane of its own, straight through all of them; the order within rows has few crossings; x makes edges straight.
 """
 
 from __future__ import annotations
@@ -10,10 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from scipy.optimize import linprog
+
 from xylem.pictures.flow import Flow
 
-ROW_GAP, SIDE_GAP, LANE = 0.30, 0.16, 0.10  # between rows, between boxes, the width of an edge that passes a row
+ROW_GAP, SIDE_GAP, LANE = 0.32, 0.18, 0.06  # between rows, between boxes, the width of an edge that passes a row
 SWEEPS = 24
+
+# What lies in a row: a node by its number, or an edge that passes by its own, as ("node", 3) or ("edge", 5).
+Item = tuple[str, int]
 
 
 class Box(NamedTuple):
@@ -35,151 +41,154 @@ class Plan:
     height: float
 
 
-class _Place(NamedTuple):
-    """What holds a place in a row: a node, or an edge that passes it."""
-
-    node: int | None
-    edge: int | None
-
-
 def plan(flow: Flow, sizes: Sequence[tuple[float, float]]) -> Plan:
     """Lay out a flow whose nodes have these widths and heights."""
-    rows = _rows(flow)
-    grid: list[list[_Place]] = [[] for _ in range(max(rows) + 1)]
-    links: dict[_Place, dict[_Place, int]] = {}
-    chains: list[list[_Place]] = []
+    rows = rows_of(flow)
+    grid = _ordered(flow, rows)
+    widths = {item: sizes[item[1]][0] if item[0] == "node" else LANE for row in grid for item in row}
+    xs = _across(flow, rows, grid, widths)
+    left = min(xs[item] - widths[item] / 2 for item in xs)
+    right = max(xs[item] + widths[item] / 2 for item in xs)
+    heights = [max(sizes[number][1] for kind, number in row if kind == "node") for row in grid]
+    tops = [sum(heights[:number]) + ROW_GAP * number for number in range(len(grid))]
+    boxes = [
+        Box(xs["node", node] - left, tops[rows[node]] + heights[rows[node]] / 2, width, height)
+        for node, (width, height) in enumerate(sizes)
+    ]
+    routes = []
     for number, (source, target) in enumerate(flow.edges):
-        passing = [_Place(None, number) for _ in range(rows[source] + 1, rows[target])]
-        # One object a row: equal by value, they are told apart by the row that they lie in.
-        chains.append([_Place(source, None), *passing, _Place(target, None)])
-    keyed = [[(rows[source] + step, place) for step, place in enumerate(chain)] for (source, _), chain in
-             zip(flow.edges, chains, strict=True)]  # fmt: skip
-    order = _order(flow, rows, grid, keyed, links)
-    widths = {place: sizes[place[1].node][0] if place[1].node is not None else LANE for row in order for place in row}
-    xs = _across(order, keyed, widths)
-    heights = [max((sizes[p.node][1] for _, p in row if p.node is not None), default=0.0) for row in order]
-    tops = [sum(heights[:number]) + ROW_GAP * number for number in range(len(order))]
-    left = min(xs[place] - widths[place] / 2 for place in xs)
-    right = max(xs[place] + widths[place] / 2 for place in xs)
-    boxes = []
-    for node, (width, height) in enumerate(sizes):
-        row = rows[node]
-        boxes.append(Box(xs[row, _Place(node, None)] - left, tops[row] + heights[row] / 2, width, height))
-    routes = [_route(chain, xs, tops, heights, boxes, left) for chain in keyed]
-    return Plan(tuple(boxes), tuple(_ports(flow, boxes, routes)), right - left, tops[-1] + heights[-1])
+        start, end = boxes[source], boxes[target]
+        points = [(start.x, start.y + start.height / 2)]
+        if ("edge", number) in xs:
+            x, first, last = xs["edge", number] - left, rows[source] + 1, rows[target] - 1
+            points += [(x, tops[first]), (x, tops[last] + heights[last])]
+        routes.append([*points, (end.x, end.y - end.height / 2)])
+    _part_ends(flow, boxes, routes, rows)
+    return Plan(tuple(boxes), tuple(map(tuple, routes)), right - left, tops[-1] + heights[-1])
 
 
-def _rows(flow: Flow) -> list[int]:
-    """The row of each node: as high as can be, but what reads nothing just above what reads it."""
+def rows_of(flow: Flow) -> list[int]:
+    """The row of each node: as high as can be for what the longest way begins with and all that comes of it, as low as
+    its readers let it for everything else."""
     rows = [0] * len(flow.nodes)
-    for source, target in sorted(flow.edges, key=lambda edge: edge[1]):
+    edges = sorted(flow.edges, key=lambda edge: edge[1])
+    for source, target in edges:
         rows[target] = max(rows[target], rows[source] + 1)
+    way = [rows.index(max(rows))]
+    while above := [source for source, target in edges if target == way[-1] and rows[source] == rows[target] - 1]:
+        way.append(above[0])
+    fixed = {way[-1]}
+    for source, target in edges:
+        fixed |= {target} if source in fixed else set()
     for node in reversed(range(len(rows))):
-        if not any(target == node for _, target in flow.edges):
-            rows[node] = max(0, min(rows[target] for source, target in flow.edges if source == node) - 1)
-    return rows
+        readers = [rows[target] for source, target in edges if source == node]
+        if readers and node not in fixed:
+            rows[node] = min(readers) - 1
+    return [row - min(rows) for row in rows]
 
 
-def _order(flow, rows, grid, keyed, links):
-    """Places row by row, reordered by the mean place of their neighbours while that takes crossings away."""
-    for chain in keyed:
-        for place in chain[1:-1]:
-            grid[place[0]].append(place)
+# --- order within rows ------------------------------------------------------------------------------------------------
+
+
+def _ordered(flow: Flow, rows: list[int]) -> list[list[Item]]:
+    """Items row by row, sorted by the mean place of their neighbours as long as that takes crossings away."""
+    grid: list[list[Item]] = [[] for _ in range(max(rows) + 1)]
+    links: list[dict[Item, list[Item]]] = [{} for _ in grid]  # of each row, to items of the next
+    for number, (source, target) in enumerate(flow.edges):
+        passed = range(rows[source] + 1, rows[target])
+        for row in passed:
+            grid[row].append(("edge", number))
+        chain = [("node", source), *[("edge", number)] * len(passed), ("node", target)]
+        for step, (above, below) in enumerate(zip(chain, chain[1:], strict=False)):
+            links[rows[source] + step].setdefault(above, []).append(below)
     for node, row in enumerate(rows):
-        grid[row].append((row, _Place(node, None)))
-    for chain in keyed:
-        for above, below in zip(chain, chain[1:], strict=False):
-            links.setdefault(above, {})[below] = 1
-            links.setdefault(below, {})[above] = 1
+        grid[row].append(("node", node))
     best, least = [list(row) for row in grid], _crossings(grid, links)
     for sweep in range(SWEEPS):
         down = sweep % 2 == 0
-        for number in range(len(grid)) if down else reversed(range(len(grid))):
-            beside = number - 1 if down else number + 1
-            if not 0 <= beside < len(grid):
-                continue
-            at = {place: index for index, place in enumerate(grid[beside])}
-
-            def middle(place, at=at):
-                near = [at[other] for other in links.get(place, {}) if other in at]
-                return sum(near) / len(near) if near else -1.0
-
-            grid[number].sort(key=middle)
+        for number in range(1, len(grid)) if down else reversed(range(len(grid) - 1)):
+            beside = grid[number - 1 if down else number + 1]
+            near: dict[Item, list[int]] = {item: [] for item in grid[number]}
+            for above, belows in links[number - 1 if down else number].items():
+                for below in belows:
+                    here, there = (below, above) if down else (above, below)
+                    near[here].append(beside.index(there))
+            grid[number].sort(key=lambda item, near=near: sum(near[item]) / len(near[item]) if near[item] else -1.0)
         if (crossings := _crossings(grid, links)) < least:
             best, least = [list(row) for row in grid], crossings
     return best
 
 
-def _crossings(grid, links) -> int:
+def _crossings(grid: list[list[Item]], links: list[dict[Item, list[Item]]]) -> int:
     total = 0
-    for row, below in zip(grid, grid[1:], strict=False):
-        at = {place: index for index, place in enumerate(below)}
-        ends = [sorted(at[other] for other in links.get(place, {}) if other in at) for place in row]
-        flat = [(index, end) for index, one in enumerate(ends) for end in one]
-        total += sum(a < c and b > d for a, b in flat for c, d in flat)
+    for row, below, down in zip(grid, grid[1:], links, strict=False):
+        ends = [(place, below.index(other)) for place, item in enumerate(row) for other in down.get(item, [])]
+        total += sum(a < c and b > d for a, b in ends for c, d in ends)
     return total
 
 
-def _across(order, keyed, widths) -> dict:
-    """x of every place: each is drawn to its neighbours, edges that pass rows most, and none overlap."""
-    pulls: dict = {place: {} for row in order for place in row}
-    for chain in keyed:
-        for above, below in zip(chain, chain[1:], strict=False):
-            weight = 1 + 3 * (above[1].node is None) * (below[1].node is None) + (above[1].node is None)
-            pulls[above][below] = pulls[below][above] = weight
-    xs = {}
-    for row in order:
-        x = -sum(widths[place] + SIDE_GAP for place in row) / 2
-        for place in row:
-            xs[place] = x + (widths[place] + SIDE_GAP) / 2
-            x += widths[place] + SIDE_GAP
-    for sweep in range(60):
-        for row in order if sweep % 2 == 0 else order[::-1]:
-            wanted = []
-            for place in row:
-                near = pulls[place]
-                total = sum(near.values())
-                wanted.append(sum(xs[other] * weight for other, weight in near.items()) / total if total else xs[place])
-            for place, x in zip(row, apart(wanted, [widths[place] for place in row]), strict=True):
-                xs[place] = x
-    return xs
+# --- x ----------------------------------------------------------------------------------------------------------------
 
 
-def apart(wanted: Sequence[float], widths: Sequence[float]) -> list[float]:
-    """The places nearest to the wanted ones, in this order, at which boxes of these widths keep ``SIDE_GAP``.
+def _across(flow: Flow, rows: list[int], grid: list[list[Item]], widths: dict[Item, float]) -> dict[Item, float]:
+    """x of every node and lane: a linear program.
 
-    Least squares: after the widths are taken off it is isotonic regression, solved by pooling neighbours.
+    The sum of distances from each node to the middle of what it reads in the row above, and of what reads it in the row
+    below, is least, and with a smaller weight that of every edge; neighbours in a row keep ``SIDE_GAP``. Of neighbours
+    in other rows those of the same module count where there are any.
     """
-    offsets, x = [], 0.0
-    for number, width in enumerate(widths):
-        x += width / 2 + (widths[number - 1] / 2 + SIDE_GAP if number else 0.0)
-        offsets.append(x)
-    pools: list[list[float]] = []  # sum, count
-    for place, offset in zip(wanted, offsets, strict=True):
-        pools.append([place - offset, 1])
-        while len(pools) > 1 and pools[-2][0] / pools[-2][1] > pools[-1][0] / pools[-1][1]:
-            last = pools.pop()
-            pools[-1] = [pools[-1][0] + last[0], pools[-1][1] + last[1]]
-    means = [total / count for total, count in pools for _ in range(int(count))]
-    return [mean + offset for mean, offset in zip(means, offsets, strict=True)]
+    items = list(widths)
+    at = {item: number for number, item in enumerate(items)}
+    pulls: list[tuple[float, dict[int, float]]] = []  # weight, and a combination of x that shall be 0
+    for node in range(len(flow.nodes)):
+        for step, ends in ((-1, [s for s, t in flow.edges if t == node]), (1, [t for s, t in flow.edges if s == node])):
+            near = [end for end in ends if rows[end] == rows[node] + step]
+            own = [end for end in near if flow.nodes[end].owner == flow.nodes[node].owner]
+            if near := own or near:
+                middle = {at["node", end]: -1.0 / len(near) for end in near}
+                pulls.append((2.0 if own else 1.0, {at["node", node]: 1.0} | middle))
+    for number, (source, target) in enumerate(flow.edges):
+        lane = at.get(("edge", number))
+        for end in (source, target) if lane is not None else ():
+            pulls.append((0.4, {at["node", end]: 1.0, lane: -1.0}))
+        if lane is None:
+            pulls.append((0.2, {at["node", source]: 1.0, at["node", target]: -1.0}))
+    apart = [
+        (at[a], at[b], (widths[a] + widths[b]) / 2 + SIDE_GAP)
+        for row in grid
+        for a, b in zip(row, row[1:], strict=False)
+    ]
+    count, costs = len(items), [weight for weight, _ in pulls]
+    matrix, bounds = np.zeros((2 * len(pulls) + len(apart), count + len(pulls))), []
+    for number, (_, parts) in enumerate(pulls):  # |sum| <= one more variable each
+        for sign in (0, 1):
+            row = 2 * number + sign
+            matrix[row, list(parts)] = np.array(list(parts.values())) * (1 - 2 * sign)
+            matrix[row, count + number] = -1.0
+            bounds.append(0.0)
+    for number, (a, b, gap) in enumerate(apart):
+        matrix[2 * len(pulls) + number, [a, b]] = 1.0, -1.0
+        bounds.append(-gap)
+    found = linprog([0.0] * count + costs, A_ub=matrix, b_ub=bounds, bounds=[(0, None)] * (count + len(pulls)))
+    if found.x is None:
+        raise ValueError(f"{flow.name}: two edges would have to cross in straight lanes")
+    return dict(zip(items, found.x.tolist(), strict=False))
 
 
-def _route(chain, xs, tops, heights, boxes, left) -> list[tuple[float, float]]:
-    """An edge's points: out of its source, straight through every row that it passes, to its target."""
-    source, target = boxes[chain[0][1].node], boxes[chain[-1][1].node]
-    points = [(source.x, source.y + source.height / 2)]
-    for row, place in chain[1:-1]:
-        x = xs[row, place] - left
-        points += [(x, tops[row]), (x, tops[row] + heights[row])]
-    return [*points, (target.x, target.y - target.height / 2)]
-
-
-def _ports(flow: Flow, boxes: list[Box], routes: list[list[tuple[float, float]]]):
-    """Ends of edges that go into one box, set side by side in the order in which they come."""
+def _part_ends(flow: Flow, boxes: list[Box], routes: list[list[tuple[float, float]]], rows: list[int]) -> None:
+    """Set the ends of edges that go into one box side by side, in the order in which they come; a lane goes into a
+    sum from its side, where nothing is in the way."""
     for node, box in enumerate(boxes):
         into = [number for number, (_, target) in enumerate(flow.edges) if target == node]
+        for number in list(into):
+            x = routes[number][-2][0]
+            row = [one for other, one in enumerate(boxes) if rows[other] == rows[node] and other != node]
+            clear = all(not min(x, box.x) < one.x < max(x, box.x) for one in row)
+            if box.width == box.height and len(routes[number]) > 2 and clear and abs(x - box.x) > box.width:
+                side = box.width / 2 if x > box.x else -box.width / 2
+                routes[number][-2:] = [(x, box.y), (box.x + side, box.y)]
+                into.remove(number)
         into.sort(key=lambda number: routes[number][-2][0])
-        gap = min(0.2, 0.6 * box.width / max(1, len(into) - 1)) if len(into) > 1 else 0.0
+        gap = min(0.2, 0.7 * box.width / max(1, len(into) - 1)) if len(into) > 1 else 0.0
         for place, number in enumerate(into):
             routes[number][-1] = (box.x + gap * (place - (len(into) - 1) / 2), routes[number][-1][1])
-    return [tuple(points) for points in routes]
