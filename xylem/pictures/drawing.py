@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ from xylem.pictures.flow import Flow, Node
 from xylem.pictures.layout import Box, Plan, plan
 from xylem.training.plots import GRID, INK, MUTED, TRAIN
 
-DPI = 150
+DPI = 140
 TITLE, SMALL = 9.0, 8.0  # points
 LINE = 0.15  # inches from line to line
 QUIET = "#52606d"  # small text, dark enough to read
 FILLS = {"module": "#e3f1ea", "function": "#f3f4f6", "join": "#ffffff", "layers": "#fbeccb", "input": "#ffffff"}
 EDGES = {"module": TRAIN, "function": MUTED, "join": INK, "layers": "#b7791f", "input": GRID}
-PANEL_GAP, MARGIN, HEADING = 0.45, 0.12, 0.34
-CLUSTER, NOTE = "#f8fafb", "#2b6cb0"
+PANEL_GAP, MARGIN, HEADING = 0.4, 0.1, 0.32
+CLUSTER, NOTE = "#f7f9fb", "#2b6cb0"
 # All that a picture's file has: 16 colours are half a byte a pixel. Between the inks and the grounds lie the edges of
 # letters.
 PALETTE = (
@@ -69,15 +70,25 @@ def save(figure: Figure, path: str | Path, description: str) -> None:
     """Write a figure as a PNG of few colours, the same bytes each time; ``description`` is what it was drawn from."""
     agg = FigureCanvasAgg(figure)
     agg.draw()
-    picture = Image.fromarray(np.asarray(agg.buffer_rgba())[..., :3])
-    table = Image.new("P", (1, 1))
-    table.putpalette(bytes.fromhex("".join(colour[1:] for colour in PALETTE)))
-    picture = picture.quantize(palette=table, dither=Image.Dither.NONE)
+    picture = _few_colours(np.asarray(agg.buffer_rgba())[..., :3])
     about = PngImagePlugin.PngInfo()
     about.add_itxt("Description", description)
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True, pnginfo=about, dpi=(DPI, DPI))
     write_whole(path, file.getvalue())
+
+
+def _few_colours(pixels: np.ndarray) -> Image.Image:
+    """Every pixel as the nearest colour of the palette."""
+    table = bytes.fromhex("".join(colour[1:] for colour in PALETTE))
+    packed = pixels.astype(np.int64) @ (65536, 256, 1)
+    found, where = np.unique(packed, return_inverse=True)
+    colours = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
+    known = np.frombuffer(table, np.uint8).reshape(-1, 3).astype(np.int64)
+    nearest = ((colours[:, None] - known[None]) ** 2).sum(2).argmin(1).astype(np.uint8)
+    picture = Image.fromarray(nearest[where].reshape(packed.shape), "P")
+    picture.putpalette(table)
+    return picture
 
 
 def described(path: str | Path) -> str:
@@ -100,7 +111,7 @@ def _size(node: Node) -> tuple[float, float]:
     if node.kind == "join" and not node.note and not node.weights and len(node.title) < 3:
         return 0.24, 0.24
     small = max((text_width(line, SMALL) for line in _small(node)), default=0.0)
-    width = max(text_width(node.title, TITLE, node.kind != "input"), small) + 0.18
+    width = max(text_width(node.title, TITLE, node.kind != "input"), small) + 0.13
     return max(width, 0.4), LINE * (1 + len(_small(node))) + 0.1
 
 
@@ -142,7 +153,7 @@ def _ground(axis: Any, owner: str, boxes: Sequence[Box], lanes: Sequence[float])
 
 def _arrow(axis: Any, points: Sequence[tuple[float, float]]) -> None:
     vertices, codes = [points[0]], [Curve.MOVETO]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x0 == x1 and (x1, y1) != points[-1] and points[-1][1] == y1:  # the next one goes sideways: a round corner
             turn = 0.1 if points[-1][0] > x1 else -0.1
             vertices = [*vertices, (x1, y1 - 0.1), (x1, y1), (x1 + turn, y1)]

@@ -49,7 +49,7 @@ class Node:
     Attributes:
         title: what the code calls it.
         owner: path of the module whose ``__call__`` holds it, from the model or the layer on; empty for these.
-        weights: the parameters that it reads, as ``kernel 768 x 3072``.
+        weights: the parameters that it reads, as ``kernel 768 x 3072``; of a module's only one just the shape.
         note: what it is made of, where its title does not say it.
     """
 
@@ -427,8 +427,9 @@ class _Reader:
             named = [one[1:] for one in group.operations if one.startswith("=")]
             scales = [one for one in group.operations if one.startswith("× ") and "·" in group.operations]  # noqa: RUF001
             note = self.words.get(title) or " ".join(named if title in self.words else scales)
-        shapes = {path.removeprefix(f"{base}/"): shape for path, shape in group.weights.items()}
-        weights = tuple(f"{path} {' × '.join(map(str, shape))}" for path, shape in shapes.items())  # noqa: RUF001
+        shapes = {path.removeprefix(f"{base}/"): " × ".join(map(str, shape)) for path, shape in group.weights.items()}  # noqa: RUF001
+        alone = group.kind == "module" and len(shapes) == 1
+        weights = tuple(shapes.values()) if alone else tuple(f"{path} {shape}" for path, shape in shapes.items())
         return Node(group.kind, title.removeprefix("="), owner, weights, note)
 
 

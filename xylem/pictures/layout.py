@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.optimize import linprog
 
 from xylem.pictures.flow import Flow
 
-ROW_GAP, SIDE_GAP, LANE = 0.32, 0.18, 0.06  # between rows, between boxes, the width of an edge that passes a row
+ROW_GAP, SIDE_GAP, LANE = 0.31, 0.13, 0.06  # between rows, between boxes, the width of an edge that passes a row
 SWEEPS = 24
 
 # What lies in a row: a node by its number, or an edge that passes by its own, as ("node", 3) or ("edge", 5).
@@ -99,7 +100,7 @@ def _ordered(flow: Flow, rows: list[int]) -> list[list[Item]]:
         for row in passed:
             grid[row].append(("edge", number))
         chain = [("node", source), *[("edge", number)] * len(passed), ("node", target)]
-        for step, (above, below) in enumerate(zip(chain, chain[1:], strict=False)):
+        for step, (above, below) in enumerate(pairwise(chain)):
             links[rows[source] + step].setdefault(above, []).append(below)
     for node, row in enumerate(rows):
         grid[row].append(("node", node))
@@ -153,11 +154,7 @@ def _across(flow: Flow, rows: list[int], grid: list[list[Item]], widths: dict[It
             pulls.append((0.4, {at["node", end]: 1.0, lane: -1.0}))
         if lane is None:
             pulls.append((0.2, {at["node", source]: 1.0, at["node", target]: -1.0}))
-    apart = [
-        (at[a], at[b], (widths[a] + widths[b]) / 2 + SIDE_GAP)
-        for row in grid
-        for a, b in zip(row, row[1:], strict=False)
-    ]
+    apart = [(at[a], at[b], (widths[a] + widths[b]) / 2 + SIDE_GAP) for row in grid for a, b in pairwise(row)]
     count, costs = len(items), [weight for weight, _ in pulls]
     matrix, bounds = np.zeros((2 * len(pulls) + len(apart), count + len(pulls))), []
     for number, (_, parts) in enumerate(pulls):  # |sum| <= one more variable each
