@@ -23,7 +23,7 @@ from PIL import Image, PngImagePlugin
 
 from xylem.files import write_whole
 from xylem.pictures.flow import Flow, Node
-from xylem.pictures.layout import Box, Plan, plan
+from xylem.pictures.layout import PAD, Box, Plan, plan
 from xylem.training.plots import GRID, INK, MUTED, TRAIN
 
 DPI = 140
@@ -111,7 +111,7 @@ def _size(node: Node) -> tuple[float, float]:
     if node.kind == "join" and not node.note and not node.weights and len(node.title) < 3:
         return 0.24, 0.24
     small = max((text_width(line, SMALL) for line in _small(node)), default=0.0)
-    width = max(text_width(node.title, TITLE, node.kind != "input"), small) + 0.13
+    width = max(text_width(node.title, TITLE, node.kind != "input"), small) + 0.16
     return max(width, 0.4), LINE * (1 + len(_small(node))) + 0.1
 
 
@@ -124,20 +124,23 @@ def _draw(axis: Any, flow: Flow, made: Plan, left: float, top: float) -> None:
     boxes = [Box(box.x + left, box.y + top, box.width, box.height) for box in made.boxes]
     for owner in dict.fromkeys(node.owner for node in flow.nodes if node.owner):
         mine = {number for number, node in enumerate(flow.nodes) if node.owner == owner}
+        aside = sum(boxes[b].x - boxes[a].x for a, b in flow.edges if a in mine and b not in mine)
         inside = [route for edge, route in zip(flow.edges, made.routes, strict=True) if mine.issuperset(edge)]
-        _ground(axis, owner, [boxes[number] for number in sorted(mine)], [x + left for one in inside for x, _ in one])
+        _ground(
+            axis, owner, [boxes[number] for number in sorted(mine)], [x + left for one in inside for x, _ in one], aside
+        )
     for route in made.routes:
         _arrow(axis, [(x + left, y + top) for x, y in route])
     for node, box in zip(flow.nodes, boxes, strict=True):
         _box(axis, node, box)
 
 
-def _ground(axis: Any, owner: str, boxes: Sequence[Box], lanes: Sequence[float]) -> None:
-    """The ground of what belongs to a module: its boxes, and the lanes between them."""
-    pad = 0.07
-    left = min([box.x - box.width / 2 for box in boxes] + [*lanes]) - pad
-    right = max([box.x + box.width / 2 for box in boxes] + [*lanes]) + pad
-    top = min(box.y - box.height / 2 for box in boxes) - pad
+def _ground(axis: Any, owner: str, boxes: Sequence[Box], lanes: Sequence[float], aside: float) -> None:
+    """The ground of what belongs to a module: its boxes, and the lanes between them; its name stands where what leaves
+    it, ``aside`` to the right, does not pass."""
+    left = min([box.x - box.width / 2 for box in boxes] + [*lanes]) - PAD
+    right = max([box.x + box.width / 2 for box in boxes] + [*lanes]) + PAD
+    top = min(box.y - box.height / 2 for box in boxes) - PAD
     bottom = max(box.y + box.height / 2 for box in boxes) + 0.2
     style = "round,pad=0,rounding_size=0.08"
     shape = FancyBboxPatch(
@@ -145,7 +148,7 @@ def _ground(axis: Any, owner: str, boxes: Sequence[Box], lanes: Sequence[float])
     )
     axis.add_patch(shape)
     lowest = max(boxes, key=lambda box: box.y)
-    x, side = (left + 0.05, "left") if lowest.x > (left + right) / 2 + 0.1 else (right - 0.05, "right")
+    x, side = (left + 0.05, "left") if aside > 0.1 or lowest.x > (left + right) / 2 + 0.1 else (right - 0.05, "right")
     clear = {"facecolor": CLUSTER, "edgecolor": "none", "pad": 0.5}
     axis.text(x, bottom - 0.04, owner, fontsize=SMALL, color=QUIET, ha=side, va="bottom", style="italic", bbox=clear,
               zorder=1.5)  # fmt: skip

@@ -9,7 +9,7 @@ package it came. ``of_model`` gathers equations to what a reader calls a step, a
 - what only changes shape or type is no node;
 - the scan over layers is one node, and the flow of one layer is a ``Flow`` of its own.
 
-``of_function`` makes a node of every equation: the gates of a cell, one step of a scan.
+``of_function`` makes a node of every equation, and shows one step of a scan: the gates of a cell.
 """
 
 from __future__ import annotations
@@ -275,6 +275,8 @@ class _Reader:
         known = [(v, self.origins[v]) for v in equation.invars if not hasattr(v, "val") and v in self.origins]
         if operation == "scan" and path and path[-1].function in self.calling:
             return self.scan(equation, path)
+        if operation == "scan" and self.detail:
+            return self.step(equation)
         unit = self.unit(path)
         if unit is None and known and (operation in RESHAPING or _operation(equation) == "+ 0"):
             labels = parted(path[-1]) if operation == "split" and path else []
@@ -345,6 +347,18 @@ class _Reader:
                 self.groups[before].note = ""
             self.results[frame[:2], name] = here  # pyright: ignore[reportOptionalSubscript]
             self.groups[here].note = self.groups[here].note or name
+
+    def step(self, equation: Any) -> None:
+        """Read the body of a scan in place of the scan: one step of it."""
+        (body,) = bodies(equation)
+        for outer, own in zip(equation.invars, body.invars, strict=True):
+            if not hasattr(outer, "val") and outer in self.origins:
+                self.origins[own] = self.origins[outer]
+        for inner in body.eqns:
+            self.take(inner, frames(inner))
+        for outer, own in zip(equation.outvars, body.outvars, strict=True):
+            if own in self.origins:
+                self.origins[outer] = self.origins[own]
 
     def scan(self, equation: Any, path: list[Frame]) -> None:
         """Make a node of the scan over layers, and a flow of its body."""

@@ -16,7 +16,8 @@ from scipy.optimize import linprog
 
 from xylem.pictures.flow import Flow
 
-ROW_GAP, SIDE_GAP, LANE = 0.31, 0.13, 0.06  # between rows, between boxes, the width of an edge that passes a row
+ROW_GAP, SIDE_GAP, PAD = 0.31, 0.13, 0.07  # between rows, between boxes, around what belongs to one module
+LANE = 0.06  # the width of an edge that passes a row
 SWEEPS = 24
 
 # What lies in a row: a node by its number, or an edge that passes by its own, as ("node", 3) or ("edge", 5).
@@ -155,21 +156,50 @@ def _across(flow: Flow, rows: list[int], grid: list[list[Item]], widths: dict[It
         if lane is None:
             pulls.append((0.2, {at["node", source]: 1.0, at["node", target]: -1.0}))
     apart = [(at[a], at[b], (widths[a] + widths[b]) / 2 + SIDE_GAP) for row in grid for a, b in pairwise(row)]
-    count, costs = len(items), [weight for weight, _ in pulls]
-    matrix, bounds = np.zeros((2 * len(pulls) + len(apart), count + len(pulls))), []
+    grounds, edges = _grounds(flow, grid, widths, at, len(items))
+    for limits in ([*apart, *grounds], apart):  # grounds that cannot lie apart may overlap
+        if (found := _least(pulls, limits, len(items) + edges)) is not None:
+            return dict(zip(items, found, strict=False))
+    raise ValueError(f"{flow.name}: two edges would have to cross in straight lanes")
+
+
+def _grounds(
+    flow: Flow, grid: list[list[Item]], widths: dict[Item, float], at: dict[Item, int], first: int
+) -> tuple[list[tuple[int, int, float]], int]:
+    """What keeps others off the ground of a module, whose left and right edges are variables from ``first`` on."""
+    limits, number = [], first
+    for owner in sorted({node.owner for node in flow.nodes if node.owner}):
+        mine = {("node", place) for place, node in enumerate(flow.nodes) if node.owner == owner}
+        inner = {("edge", place) for place, (a, b) in enumerate(flow.edges) if {("node", a), ("node", b)} <= mine}
+        inside = mine | inner
+        limits += [(number, at[item], widths[item] / 2 + PAD) for item in inside if item in at]
+        limits += [(at[item], number + 1, widths[item] / 2 + PAD) for item in inside if item in at]
+        for row in grid:
+            places = [place for place, item in enumerate(row) if item in inside]
+            for place, item in enumerate(row) if places else ():
+                if place > max(places):
+                    limits.append((number + 1, at[item], widths[item] / 2 + PAD))
+                elif place < min(places):
+                    limits.append((at[item], number, widths[item] / 2 + PAD))
+        number += 2
+    return limits, number - first
+
+
+def _least(
+    pulls: list[tuple[float, dict[int, float]]], apart: list[tuple[int, int, float]], count: int
+) -> list[float] | None:
+    """The non-negative variables for which the weighted sum of the absolute ``pulls`` is least, where each
+    (a, b, gap) keeps b at least ``gap`` above a; None where that cannot be."""
+    matrix, bounds = np.zeros((2 * len(pulls) + len(apart), count + len(pulls))), np.zeros(2 * len(pulls) + len(apart))
     for number, (_, parts) in enumerate(pulls):  # |sum| <= one more variable each
-        for sign in (0, 1):
-            row = 2 * number + sign
-            matrix[row, list(parts)] = np.array(list(parts.values())) * (1 - 2 * sign)
-            matrix[row, count + number] = -1.0
-            bounds.append(0.0)
-    for number, (a, b, gap) in enumerate(apart):
-        matrix[2 * len(pulls) + number, [a, b]] = 1.0, -1.0
-        bounds.append(-gap)
-    found = linprog([0.0] * count + costs, A_ub=matrix, b_ub=bounds, bounds=[(0, None)] * (count + len(pulls)))
-    if found.x is None:
-        raise ValueError(f"{flow.name}: two edges would have to cross in straight lanes")
-    return dict(zip(items, found.x.tolist(), strict=False))
+        matrix[2 * number, list(parts)] = list(parts.values())
+        matrix[2 * number + 1] = -matrix[2 * number]
+        matrix[2 * number : 2 * number + 2, count + number] = -1.0
+    for number, (a, b, gap) in enumerate(apart, 2 * len(pulls)):
+        matrix[number, [a, b]] = 1.0, -1.0
+        bounds[number] = -gap
+    found = linprog([0.0] * count + [weight for weight, _ in pulls], A_ub=matrix, b_ub=bounds)
+    return None if found.x is None else found.x.tolist()
 
 
 def _part_ends(flow: Flow, boxes: list[Box], routes: list[list[tuple[float, float]]], rows: list[int]) -> None:

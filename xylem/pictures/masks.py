@@ -1,0 +1,131 @@
+"""Who sees whom: the masks that attention is given while a model reads, as grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.patches import Rectangle
+
+from xylem.models import bert, build, gpt, vanilla
+from xylem.models.attention import Attention, CrossAttention
+from xylem.models.config import AttentionConfig, ModelConfig
+from xylem.pictures import drawing
+
+CELL, GAP = 0.135, 0.3  # inches: a cell, and between grids
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One mask: rows are queries, columns keys, x what may be seen.
+
+    Attributes:
+        title, note: two lines above it.
+        rows: a string a query, with an x at each key that it sees and a dot elsewhere.
+    """
+
+    title: str
+    note: str
+    rows: tuple[str, ...]
+
+    @classmethod
+    def of(cls, title: str, note: str, mask: np.ndarray) -> Grid:
+        """A grid of a Boolean array."""
+        return cls(title, note, tuple("".join("x" if seen else "." for seen in row) for row in mask))
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Masks beside each other."""
+
+    grids: tuple[Grid, ...]
+
+    def __str__(self) -> str:
+        return "\n".join("\n".join([one.title, one.note, *one.rows]) for one in self.grids)
+
+    def draw(self, path: str | Path) -> None:
+        """Write the picture as a PNG."""
+        widths = [max(CELL * len(one.rows[0]), *(_width(one))) for one in self.grids]
+        height = max(CELL * len(one.rows) for one in self.grids) + 0.75
+        figure, axis = drawing.canvas(sum(widths) + GAP * (len(widths) - 1) + 0.5, height)
+        left = 0.35
+        axis.text(left - 0.12, 0.52 + CELL, "queries", fontsize=drawing.SMALL, color=drawing.QUIET, rotation=90,
+                  va="top", ha="right")  # fmt: skip
+        for one, width in zip(self.grids, widths, strict=True):
+            axis.text(left, 0.1, one.title, fontsize=drawing.TITLE, fontweight="bold", color=drawing.INK, va="top")
+            axis.text(left, 0.28, one.note, fontsize=drawing.SMALL, color=drawing.QUIET, va="top")
+            for i, row in enumerate(one.rows):
+                for j, seen in enumerate(row):
+                    fill = "#86b8a5" if seen == "x" else "#ffffff"
+                    corner = left + CELL * j, 0.52 + CELL * i
+                    axis.add_patch(Rectangle(corner, CELL, CELL, fc=fill, ec="#cbd2d9", lw=0.6))
+            axis.text(left, 0.56 + CELL * len(one.rows), "keys", fontsize=drawing.SMALL, color=drawing.QUIET, va="top")
+            left += width + GAP
+        drawing.save(figure, path, str(self))
+
+
+def _width(grid: Grid) -> tuple[float, float]:
+    return drawing.text_width(grid.title, drawing.TITLE, True), drawing.text_width(grid.note, drawing.SMALL)
+
+
+def seen(config: ModelConfig, *tokens: int, **segments: Sequence[int]) -> list[tuple[str, np.ndarray]]:
+    """The masks of every attention that runs while a new model of this config reads rows of so many tokens.
+
+    ``segments`` (``decoder_segments``) go to the model as they are. Returns, in the order of the layers, the name of the
+    module that attends and what each query sees.
+    """
+    found: list[tuple[str, int, np.ndarray]] = []
+
+    def spy(call: Any, args: Any, kwargs: Any, method: Any) -> Any:
+        if isinstance(method.module, Attention | CrossAttention) and method.method_name == "__call__":
+            x, context, _, layer = args
+            mask, name = (
+                (context.mask, "attention")
+                if isinstance(method.module, Attention)
+                else (context.memory_mask, "cross_attention")
+            )
+            keys = x.shape[1] if context.memory is None or name == "attention" else context.memory.shape[1]
+            side = f"{'decoder' if context.memory is not None else 'encoder'}/{name}"
+            note = lambda layer, mask, side=side: found.append((side, int(layer), np.asarray(mask[0])))  # noqa: E731
+            jax.debug.callback(note, layer, mask.array(x.shape[1], keys), ordered=True)
+        return call(*args, **kwargs)
+
+    module = build(config)
+    ids = [jnp.zeros((1, count), jnp.int32) for count in tokens]
+    named = {name: jnp.asarray([values]) for name, values in segments.items()}
+    params = jax.jit(module.init)(jax.random.key(0), *ids)["params"]
+    with nn.intercept_methods(spy):
+        module.apply({"params": params}, *ids, **named)
+    jax.effects_barrier()
+    return [(side, mask) for side, _, mask in found]
+
+
+def who_sees_whom() -> Grids:
+    """The masks of an encoder, a decoder, packed documents, and an encoder-decoder."""
+    encoder, decoder = bert.bert(1, 8, 2, vocab_size=9, max_length=10), gpt.gpt(1, 8, 2, vocab_size=9, max_length=10)
+    both = vanilla.vanilla(1, 8, 2, vocab_size=9, max_length=10)
+    padded, packed = [1] * 7 + [0] * 3, [1] * 3 + [2] * 5 + [3] * 2
+    crossing = dict(seen(both, 10, 6, segments=padded))
+    grids = [
+        Grid.of("encoder", "BERT; 3 of padding", seen(encoder, 10, segments=padded)[0][1]),
+        Grid.of("decoder", "GPT-2; one document", seen(decoder, 10)[0][1]),
+        Grid.of("decoder", "GPT-2; 3 packed documents", seen(decoder, 10, segments=packed)[0][1]),
+        Grid.of("decoder on itself", "2017; 6 of target", crossing["decoder/attention"]),
+        Grid.of("decoder on the source", "2017; 7 of source, 3 of padding", crossing["decoder/cross_attention"]),
+    ]
+    return Grids(tuple(grids))
+
+
+def alternating(window: int = 4) -> Grids:
+    """The masks of four layers of a GPT-3."""
+    config = gpt.gpt3(4, 8, 2, 4)
+    config = replace(config, vocab_size=9, max_length=12, attention=AttentionConfig(window=window))
+    found = seen(config, 12)
+    notes = ("dense", f"band of {window}")
+    return Grids(tuple(Grid.of(f"layer {i}", notes[i % 2], mask) for i, (_, mask) in enumerate(found)))
