@@ -86,7 +86,7 @@ def kneser_ney(text: Path, context: tuple[str, str] = ("of", "the"), order: int 
     ranked = np.argsort(-parts.sum(0), kind="stable")
     unseen = next(word for word in ranked if parts[0, word] == 0)
     wanted = [*[word for word in ranked if parts[0, word] > 0][:shown], unseen]
-    names = tuple(f"seen after {' '.join(context[-k:])}" for k in range(order - 1, 0, -1))
+    names = tuple(f"seen after “{' '.join(context[-k:])}”" for k in range(order - 1, 0, -1))
     rows = [([*known, "<end>"][word], tuple(parts[:, word].round(6).tolist())) for word in wanted]
     return Shares(" ".join(context), (*names, "seen after many words", "any word"), tuple(rows))
 
@@ -132,8 +132,8 @@ def _axes(width: float, height: float, heading: str) -> tuple[Any, Any]:
     axis = figure.subplots()
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color(drawing.MUTED)
-    axis.tick_params(colors=drawing.MUTED, labelcolor=drawing.INK, labelsize=drawing.SMALL, length=3)
+    axis.spines["bottom"].set_color(drawing.INK)
+    axis.tick_params(colors=drawing.INK, labelcolor=drawing.INK, labelsize=drawing.SMALL, length=3)
     axis.set_axisbelow(True)
     axis.set_title(heading, loc="left", color=drawing.INK, fontsize=drawing.TITLE)
     return figure, axis

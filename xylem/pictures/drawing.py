@@ -174,7 +174,8 @@ def _arrow(axis: Any, points: Sequence[tuple[float, float]]) -> None:
 
 
 def _box(axis: Any, node: Node, box: Box) -> None:
-    fill, edge = FILLS.get(node.kind, "#ffffff"), EDGES.get(node.kind, GRID)
+    kind = "module" if node.kind == "join" and node.weights else node.kind
+    fill, edge = FILLS.get(kind, "#ffffff"), EDGES.get(kind, GRID)
     if box.width == box.height == 0.24:
         axis.add_patch(Circle((box.x, box.y), 0.12, fc=fill, ec=edge, lw=0.9, zorder=2))
     elif node.kind not in ("input", "output"):

@@ -39,7 +39,7 @@ RESHAPING = {
     *("reshape", "broadcast_in_dim", "transpose", "squeeze", "expand_dims", "slice", "split", "copy"),
     *("convert_element_type", "stop_gradient"),
 }
-SYMBOLS = {"add": "+", "mul": "×", "sub": "−", "neg": "−", "logistic": "σ", "dot_general": "·"}  # noqa: RUF001
+SYMBOLS = {"add": "+", "mul": "×", "sub": "−", "neg": "−", "logistic": "σ", "dot_general": "@"}  # noqa: RUF001
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,7 @@ class _Origin(NamedTuple):
 
     group: int | None = None
     weight: str | None = None
+    shape: tuple[int, ...] = ()  # of the parameter
     label: str = ""
 
 
@@ -227,7 +228,7 @@ def _trace(
     reader = _Reader(calling, detail, words)
     for path, variable in zip(_paths(inputs), closed.jaxpr.invars, strict=True):
         if path.startswith("params/"):
-            reader.origins[variable] = _Origin(weight=path.removeprefix("params/"))
+            reader.origins[variable] = _Origin(weight=path.removeprefix("params/"), shape=variable.aval.shape)
         else:
             reader.origins[variable] = reader.add(_Group(None, "input", [], title=path))
     return reader.read(closed.jaxpr, name, [], _paths(shapes))
@@ -272,7 +273,7 @@ class _Reader:
     def take(self, equation: Any, path: list[Frame]) -> None:
         """Add an equation to the node that it is part of."""
         operation = equation.primitive.name
-        known = [(v, self.origins[v]) for v in equation.invars if not hasattr(v, "val") and v in self.origins]
+        known = [self.origins[v] for v in equation.invars if not hasattr(v, "val") and v in self.origins]
         if operation == "scan" and path and path[-1].function in self.calling:
             return self.scan(equation, path)
         if operation == "scan" and self.detail:
@@ -281,13 +282,15 @@ class _Reader:
         if unit is None and known and (operation in RESHAPING or _operation(equation) == "+ 0"):
             labels = parted(path[-1]) if operation == "split" and path else []
             for place, variable in enumerate(equation.outvars):
-                origin = known[0][1]
+                origin, shape = known[0], variable.aval.shape
+                if len(shape) < len(origin.shape):  # the one set of weights that all layers share
+                    origin = origin._replace(shape=shape)
                 self.origins[variable] = origin._replace(label=labels[place]) if labels else origin
             return
         if unit is None and not known:
             return  # a constant
         key = (id(equation),) if self.detail else unit or tuple(frame[:2] for frame in path)
-        groups = [self.find(origin.group) for _, origin in known if origin.group is not None]
+        groups = [self.find(origin.group) for origin in known if origin.group is not None]
         mine = [group for group in groups if self.groups[group].key == key]
         here = mine[0] if mine else self.add(_Group(key, _kind(unit), path, self.owner(equation, path))).group
         assert here is not None
@@ -323,19 +326,19 @@ class _Reader:
         kept.path = _common(kept.path, lost.path)
         self.same[other] = one
 
-    def note(self, here: int, equation: Any, path: list[Frame], known: list[tuple[Any, _Origin]]) -> None:
+    def note(self, here: int, equation: Any, path: list[Frame], known: list[_Origin]) -> None:
         """Write down what an equation adds to its node."""
         group = self.groups[here]
         group.path = _common(group.path, path)
-        for variable, origin in known:
+        for origin in known:
             if origin.weight is not None:
-                group.weights[origin.weight] = variable.aval.shape
+                group.weights[origin.weight] = origin.shape
             elif origin.group is not None:
                 group.reads[origin.group] = None
         group.operations.append(_operation(equation))
         group.changes |= equation.primitive.name not in RESHAPING
         if self.detail:
-            group.note = ", ".join(origin.label for _, origin in known if origin.label)
+            group.note = ", ".join(origin.label for origin in known if origin.label)
             self.name_last(here, path[-1] if path else None)
 
     def name_last(self, here: int, frame: Frame | None) -> None:
@@ -371,7 +374,7 @@ class _Reader:
             origin = _Origin() if hasattr(outer, "val") else self.origins.get(outer, _Origin())
             if origin.weight is not None:
                 run, _, rest = origin.weight.partition("layers/")
-                inner.origins[own] = _Origin(weight=rest)
+                inner.origins[own] = _Origin(weight=rest, shape=own.aval.shape)
                 group.title, group.owner = "layers", run.rstrip("/")
                 stacked.add(outer.aval.shape[0])
             elif origin.group is not None:
@@ -439,7 +442,7 @@ class _Reader:
             owner = base.rpartition("/")[0]
         if group.kind == "function":
             named = [one[1:] for one in group.operations if one.startswith("=")]
-            scales = [one for one in group.operations if one.startswith("× ") and "·" in group.operations]  # noqa: RUF001
+            scales = [one for one in group.operations if one.startswith("× ") and "@" in group.operations]  # noqa: RUF001
             note = self.words.get(title) or " ".join(named if title in self.words else scales)
         shapes = {path.removeprefix(f"{base}/"): " × ".join(map(str, shape)) for path, shape in group.weights.items()}  # noqa: RUF001
         alone = group.kind == "module" and len(shapes) == 1

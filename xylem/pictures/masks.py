@@ -77,33 +77,36 @@ def _width(grid: Grid) -> tuple[float, float]:
 def seen(config: ModelConfig, *tokens: int, **segments: Sequence[int]) -> list[tuple[str, np.ndarray]]:
     """The masks of every attention that runs while a new model of this config reads rows of so many tokens.
 
-    ``segments`` (``decoder_segments``) go to the model as they are. Returns, in the order of the layers, the name of the
-    module that attends and what each query sees.
+    ``segments`` (``decoder_segments``) go to the model as they are. Returns, in the order of the layers, the path of
+    what attends and what each query sees.
     """
-    found: list[tuple[str, int, np.ndarray]] = []
+    found: list[tuple[str, np.ndarray]] = []
 
     def spy(call: Any, args: Any, kwargs: Any, method: Any) -> Any:
-        if isinstance(method.module, Attention | CrossAttention) and method.method_name == "__call__":
-            x, context, _, layer = args
-            mask, name = (
-                (context.mask, "attention")
-                if isinstance(method.module, Attention)
-                else (context.memory_mask, "cross_attention")
-            )
-            keys = x.shape[1] if context.memory is None or name == "attention" else context.memory.shape[1]
-            side = f"{'decoder' if context.memory is not None else 'encoder'}/{name}"
-            note = lambda layer, mask, side=side: found.append((side, int(layer), np.asarray(mask[0])))  # noqa: E731
-            jax.debug.callback(note, layer, mask.array(x.shape[1], keys), ordered=True)
+        if isinstance(method.module, Attention | CrossAttention):
+            x, context = args[:2]
+            crossing = isinstance(method.module, CrossAttention)
+            mask = context.memory_mask if crossing else context.mask
+            side = "encoder" if context.memory is None else "decoder"
+            note = lambda mask, name=f"{side}/{method.module.name}": found.append((name, np.asarray(mask[0])))  # noqa: E731
+            keys = context.memory.shape[1] if crossing else x.shape[1]
+            jax.debug.callback(note, mask.array(x.shape[1], keys), ordered=True)
         return call(*args, **kwargs)
 
     module = build(config)
     ids = [jnp.zeros((1, count), jnp.int32) for count in tokens]
     named = {name: jnp.asarray([values]) for name, values in segments.items()}
-    params = jax.jit(module.init)(jax.random.key(0), *ids)["params"]
-    with nn.intercept_methods(spy):
-        module.apply({"params": params}, *ids, **named)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *ids)["params"]
+    params = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)  # no mask depends on a weight
+
+    @jax.jit
+    def read(params: Any) -> None:
+        with nn.intercept_methods(spy):
+            module.apply({"params": params}, *ids, **named)
+
+    read(params)
     jax.effects_barrier()
-    return [(side, mask) for side, _, mask in found]
+    return found
 
 
 def who_sees_whom() -> Grids:
