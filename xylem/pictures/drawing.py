@@ -26,7 +26,7 @@ from xylem.pictures.flow import Flow, Node
 from xylem.pictures.layout import PAD, Box, Plan, plan
 from xylem.training.plots import GRID, INK, MUTED, TRAIN
 
-DPI = 140
+DPI = 120
 TITLE, SMALL = 9.0, 8.0  # points
 LINE = 0.15  # inches from line to line
 QUIET = "#52606d"  # small text, dark enough to read
@@ -108,7 +108,7 @@ def text_width(text: str, points: float, bold: bool = False) -> float:
 
 def _size(node: Node) -> tuple[float, float]:
     """Width and height of a node's box."""
-    if node.kind == "join" and not node.note and not node.weights and len(node.title) < 3:
+    if node.kind == "join" and not node.note and not node.parameters and len(node.title) < 3:
         return 0.24, 0.24
     small = max((text_width(line, SMALL) for line in _small(node)), default=0.0)
     width = max(text_width(node.title, TITLE, node.kind != "input"), small) + 0.16
@@ -116,7 +116,7 @@ def _size(node: Node) -> tuple[float, float]:
 
 
 def _small(node: Node) -> list[str]:
-    return [*([node.note] if node.note else []), *node.weights]
+    return [*([node.note] if node.note else []), *node.lines]
 
 
 def _draw(axis: Any, flow: Flow, made: Plan, left: float, top: float) -> None:
@@ -174,7 +174,7 @@ def _arrow(axis: Any, points: Sequence[tuple[float, float]]) -> None:
 
 
 def _box(axis: Any, node: Node, box: Box) -> None:
-    kind = "module" if node.kind == "join" and node.weights else node.kind
+    kind = "module" if node.kind == "join" and node.parameters else node.kind
     fill, edge = FILLS.get(kind, "#ffffff"), EDGES.get(kind, GRID)
     if box.width == box.height == 0.24:
         axis.add_patch(Circle((box.x, box.y), 0.12, fc=fill, ec=edge, lw=0.9, zorder=2))

@@ -49,15 +49,26 @@ class Node:
     Attributes:
         title: what the code calls it.
         owner: path of the module whose ``__call__`` holds it, from the model or the layer on; empty for these.
-        weights: the parameters that it reads, as ``kernel 768 x 3072``; of a module's only one just the shape.
+        parameters: those that it reads, path and shape; paths go from the model on, in a layer's flow from the layer.
         note: what it is made of, where its title does not say it.
     """
 
     kind: Kind
     title: str
     owner: str = ""
-    weights: tuple[str, ...] = ()
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
     note: str = ""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What is told of its parameters: a module's by their last names, or just the shape where it has but one."""
+        shapes = [" × ".join(map(str, shape)) for _, shape in self.parameters]  # noqa: RUF001
+        names = [path for path, _ in self.parameters]
+        if self.kind == "module":
+            names = [path.rpartition("/")[2] for path in names] if len(names) > 1 else [""]
+        if self.kind == "join":
+            return tuple(line for pair in zip(names, shapes, strict=True) for line in pair)
+        return tuple(f"{name} {shape}".strip() for name, shape in zip(names, shapes, strict=False))
 
     @property
     def path(self) -> str:
@@ -83,7 +94,7 @@ class Flow:
         lines = [f"[{self.name}]"]
         for number, node in enumerate(self.nodes):
             reads = " ".join(str(a) for a, b in self.edges if b == number)
-            parts = [f"{number} {node.kind} {node.path}", *node.weights, node.note, f"<- {reads}" * bool(reads)]
+            parts = [f"{number} {node.kind} {node.path}", *node.lines, node.note, f"<- {reads}" * bool(reads)]
             lines.append("; ".join(part for part in parts if part))
         return "\n".join([*lines, *map(str, self.layers)])
 
@@ -436,18 +447,14 @@ class _Reader:
     def node(self, place: int) -> Node:
         """A group as it is shown."""
         group, title = self.groups[place], self.title(place)
-        base, owner, note = "", group.owner, group.note
+        owner, note = group.owner, group.note
         if group.kind == "module" and group.weights:
-            base = _parent(group.weights)
-            owner = base.rpartition("/")[0]
+            owner = _parent(group.weights).rpartition("/")[0]
         if group.kind == "function":
             named = [one[1:] for one in group.operations if one.startswith("=")]
             scales = [one for one in group.operations if one.startswith("× ") and "@" in group.operations]  # noqa: RUF001
             note = self.words.get(title) or " ".join(named if title in self.words else scales)
-        shapes = {path.removeprefix(f"{base}/"): " × ".join(map(str, shape)) for path, shape in group.weights.items()}  # noqa: RUF001
-        alone = group.kind == "module" and len(shapes) == 1
-        weights = tuple(shapes.values()) if alone else tuple(f"{path} {shape}" for path, shape in shapes.items())
-        return Node(group.kind, title.removeprefix("="), owner, weights, note)
+        return Node(group.kind, title.removeprefix("="), owner, tuple(group.weights.items()), note)
 
 
 def _kind(unit: tuple | None) -> Kind:

@@ -185,6 +185,6 @@ def _pair_of_texts(record: Any, made: Any) -> Texts:
             ("the text", words(text)),
             ("encoder reads", words(made["tokens"][real])),
             ("decoder reads", words(made["decoder_tokens"][asked])),
-            ("decoder says", words(made["labels"][asked], "wanted")),
+            ("decoder says", tuple((word, "wanted") for word, _ in words(made["labels"][asked]))),
         )
     )
