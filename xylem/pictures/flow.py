@@ -14,32 +14,34 @@ package it came. ``of_model`` gathers equations to what a reader calls a step, a
 
 from __future__ import annotations
 
-import ast
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.extend.source_info_util import summarize
 
 from xylem.models import build
 from xylem.models.config import ModelConfig, Seq2SeqConfig
 from xylem.models.settings import Compute
+from xylem.pictures.program import (
+    RESHAPING,
+    SYMBOLS,
+    Frame,
+    assigned,
+    bodies,
+    callers,
+    common,
+    frames,
+    is_call,
+    operation,
+    parted,
+    within,
+)
 
 Kind = Literal["input", "output", "module", "function", "join", "layers"]
-
-PACKAGE = str(Path(__file__).parents[1])
-RESHAPING = {
-    *("reshape", "broadcast_in_dim", "transpose", "squeeze", "expand_dims", "slice", "split", "copy"),
-    *("convert_element_type", "stop_gradient"),
-}
-SYMBOLS = {"add": "+", "mul": "×", "sub": "−", "neg": "−", "logistic": "σ", "dot_general": "@"}  # noqa: RUF001
 
 
 @dataclass(frozen=True)
@@ -123,84 +125,6 @@ def of_function(function: Callable[[dict[str, Any]], dict[str, Any]], inputs: di
     return _trace(function, inputs, name, detail=True, words={})
 
 
-# --- what an equation tells -------------------------------------------------------------------------------------------
-
-
-class Frame(NamedTuple):
-    """Where in this package an equation came through."""
-
-    file: str
-    line: int
-    column: int
-    function: str
-
-
-_FRAME = re.compile(r"(?P<file>.*?):(?P<line>\d+)(?::(?P<column>\d+))? \((?P<function>.*)\)")
-
-
-def frames(equation: Any) -> list[Frame]:
-    """The calls within this package that led to an equation, the outermost first."""
-    lines = summarize(equation.source_info, num_frames=200).splitlines()
-    found = [_FRAME.fullmatch(line) for line in lines if line.startswith(PACKAGE)]
-    return [
-        Frame(one["file"], int(one["line"]), int(one["column"] or 0), one["function"].partition(".<locals>")[0])
-        for one in found
-        if one and "<locals>.<lambda>" not in one["function"]
-    ]
-
-
-def bodies(equation: Any) -> list[Any]:
-    """The programs that an equation runs: those of a scan, a conditional, a function."""
-    values = [one for value in equation.params.values() for one in (value if isinstance(value, tuple) else [value])]
-    return [getattr(value, "jaxpr", value) for value in values if hasattr(getattr(value, "jaxpr", value), "eqns")]
-
-
-def _is_call(frame: Frame) -> bool:
-    return frame.function.endswith("__call__")
-
-
-def callers(found: set[str]) -> Callable[..., Any]:
-    """An interceptor of module calls (flax) that adds to ``found`` every function of this package they come through."""
-
-    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code.co_filename.startswith(PACKAGE):
-                found.add(frame.f_code.co_qualname.partition(".<locals>")[0])
-            frame = frame.f_back
-        return call(*args, **kwargs)
-
-    return note
-
-
-@cache
-def _assignments(file: str) -> list[ast.Assign]:
-    return [node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Assign)]
-
-
-def assigned(frame: Frame) -> str:
-    """The variable that the statement of a frame gives a value to; empty where there is not just one."""
-    for node in _assignments(frame.file):
-        if node.lineno <= frame.line <= (node.end_lineno or node.lineno) and isinstance(node.targets[0], ast.Name):
-            return node.targets[0].id
-    return ""
-
-
-def parted(frame: Frame) -> list[str]:
-    """The variables that a call at a frame is unpacked to, as ``a, b`` of ``a, b = split(x)``."""
-    for node in _assignments(frame.file):
-        if not (node.lineno <= frame.line <= (node.end_lineno or node.lineno)):
-            continue
-        target, value = node.targets[0], node.value
-        pairs = [(target, value)]
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            pairs = list(zip(target.elts, value.elts, strict=True))
-        for names, call in pairs:
-            if call.col_offset == frame.column and isinstance(names, ast.Tuple):
-                return [name.id for name in names.elts if isinstance(name, ast.Name)]
-    return []
-
-
 # --- gathering --------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +198,7 @@ class _Reader:
     def read(self, program: Any, name: str, outside: list[Frame], results: list[str]) -> Flow:
         """The flow of a program; ``outside`` are the frames that led to all of it, ``results`` names of its outputs."""
         for equation in program.eqns:
-            self.take(equation, _within(frames(equation), outside))
+            self.take(equation, within(frames(equation), outside))
         for result, variable in zip(results, program.outvars, strict=True):
             origin = self.origins.get(variable, _Origin())
             if result and origin.group is not None:
@@ -283,15 +207,15 @@ class _Reader:
 
     def take(self, equation: Any, path: list[Frame]) -> None:
         """Add an equation to the node that it is part of."""
-        operation = equation.primitive.name
+        primitive = equation.primitive.name
         known = [self.origins[v] for v in equation.invars if not hasattr(v, "val") and v in self.origins]
-        if operation == "scan" and path and path[-1].function in self.calling:
+        if primitive == "scan" and path and path[-1].function in self.calling:
             return self.scan(equation, path)
-        if operation == "scan" and self.detail:
+        if primitive == "scan" and self.detail:
             return self.step(equation)
         unit = self.unit(path)
-        if unit is None and known and (operation in RESHAPING or _operation(equation) == "+ 0"):
-            labels = parted(path[-1]) if operation == "split" and path else []
+        if unit is None and known and (primitive in RESHAPING or operation(equation) == "+ 0"):
+            labels = parted(path[-1]) if primitive == "split" and path else []
             for place, variable in enumerate(equation.outvars):
                 origin, shape = known[0], variable.aval.shape
                 if len(shape) < len(origin.shape):  # the one set of weights that all layers share
@@ -316,13 +240,13 @@ class _Reader:
         """What an equation is part of: the outermost module or public function that calls no module."""
         for frame in path if not self.detail else ():
             own = frame.function.rpartition(".")[2]
-            if frame.function not in self.calling and (not own.startswith("_") or _is_call(frame)):
-                return ("module" if _is_call(frame) else "function", frame.function, _depth(path, frame))
+            if frame.function not in self.calling and (not own.startswith("_") or is_call(frame)):
+                return ("module" if is_call(frame) else "function", frame.function, _depth(path, frame))
         return None
 
     def owner(self, equation: Any, path: list[Frame]) -> str:
         """The path of the module that holds an equation, without the module that the equation is all of."""
-        classes = {frame.function.partition(".")[0] for frame in path if _is_call(frame)}
+        classes = {frame.function.partition(".")[0] for frame in path if is_call(frame)}
         parts = re.split(r"/", str(equation.source_info.name_stack))
         parts = [part for part in parts if re.fullmatch(r"[A-Za-z_]\w*", part) and part not in classes]
         unit = self.unit(path)
@@ -334,19 +258,19 @@ class _Reader:
         kept.weights |= lost.weights
         kept.operations += lost.operations
         kept.changes |= lost.changes
-        kept.path = _common(kept.path, lost.path)
+        kept.path = common(kept.path, lost.path)
         self.same[other] = one
 
     def note(self, here: int, equation: Any, path: list[Frame], known: list[_Origin]) -> None:
         """Write down what an equation adds to its node."""
         group = self.groups[here]
-        group.path = _common(group.path, path)
+        group.path = common(group.path, path)
         for origin in known:
             if origin.weight is not None:
                 group.weights[origin.weight] = origin.shape
             elif origin.group is not None:
                 group.reads[origin.group] = None
-        group.operations.append(_operation(equation))
+        group.operations.append(operation(equation))
         group.changes |= equation.primitive.name not in RESHAPING
         if self.detail:
             group.note = ", ".join(origin.label for origin in known if origin.label)
@@ -463,32 +387,7 @@ def _kind(unit: tuple | None) -> Kind:
 
 def _depth(path: list[Frame], frame: Frame) -> int:
     """Sets apart a function's calls from different modules."""
-    return sum(map(_is_call, path[: path.index(frame)]))
-
-
-def _common(one: list[Frame], other: list[Frame]) -> list[Frame]:
-    """The frames that two paths begin with, by function; lines are the first path's."""
-    count = 0
-    while count < min(len(one), len(other)) and one[count].function == other[count].function:
-        count += 1
-    return one[:count]
-
-
-def _within(path: list[Frame], outside: list[Frame]) -> list[Frame]:
-    """The frames of a path that lie further in than others; jax may leave the outer ones of a scan's body out."""
-    return path[len(outside) :] if path[: len(outside)] == outside else path
-
-
-def _operation(equation: Any) -> str:
-    """The symbol of an operation; a named function of jax's own begins with =."""
-    name = equation.params.get("name", "") if bodies(equation) else ""
-    if name and not name.startswith("_"):
-        return f"={name}"
-    literal = next((v.val for v in equation.invars if hasattr(v, "val") and jnp.ndim(v.val) == 0), None)
-    symbol = SYMBOLS.get(equation.primitive.name, equation.primitive.name)
-    if literal is None or len(equation.invars) != 2:
-        return symbol
-    return f"{float(literal):.3g} {symbol}" if hasattr(equation.invars[0], "val") else f"{symbol} {float(literal):.3g}"
+    return sum(map(is_call, path[: path.index(frame)]))
 
 
 def _parent(weights: dict[str, tuple[int, ...]]) -> str:
