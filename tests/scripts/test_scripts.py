@@ -33,7 +33,9 @@ def flags(corpus, tmp_path):
     return (*TINY, *where, "--run-dir", str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name", ["pretrain", "generate", "plan", "evaluate", "scaling", "gradient_flow"])
+@pytest.mark.parametrize(
+    "name", ["pretrain", "generate", "plan", "evaluate", "scaling", "gradient_flow", "architectures"]
+)
 def test_help_comes_without_loading_jax(name):
     path = SCRIPTS / f"{name}.py"
     code = f"""
