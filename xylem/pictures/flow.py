@@ -300,7 +300,11 @@ class _Reader:
 
     def scan(self, equation: Any, path: list[Frame]) -> None:
         """Make a node of the scan over layers, and a flow of its body."""
-        (body,), consts, carried = bodies(equation), equation.params["num_consts"], equation.params["num_carry"]
+        (body,) = bodies(equation)
+        # Consts and the carry are as large outside as inside; versions of jax tell their numbers differently.
+        same = lambda outer, own: outer.aval.shape == own.aval.shape  # noqa: E731
+        carried = sum(map(same, equation.outvars, body.outvars))
+        consts = sum(map(same, equation.invars, body.invars)) - carried
         inner = _Reader(self.calling, self.detail, self.words)
         group = _Group((id(equation),), "layers", path, self.owner(equation, path))
         stacked: set[int] = set()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend.source_info_util import summarize
 
-PACKAGE = str(Path(__file__).parents[1])
+HERE, PACKAGE = str(Path(__file__).parent), str(Path(__file__).parents[1])
 RESHAPING = {
     *("reshape", "broadcast_in_dim", "transpose", "squeeze", "expand_dims", "slice", "split", "copy"),
     *("convert_element_type", "stop_gradient"),
@@ -36,12 +36,16 @@ _FRAME = re.compile(r"(?P<file>.*?):(?P<line>\d+)(?::(?P<column>\d+))? \((?P<fun
 def frames(equation: Any) -> list[Frame]:
     """The calls within this package that led to an equation, the outermost first."""
     lines = summarize(equation.source_info, num_frames=200).splitlines()
-    found = [_FRAME.fullmatch(line) for line in lines if line.startswith(PACKAGE)]
+    found = [_FRAME.fullmatch(line) for line in lines if _is_ours(line)]
     return [
         Frame(one["file"], int(one["line"]), int(one["column"] or 0), one["function"].partition(".<locals>")[0])
         for one in found
         if one and "<locals>.<lambda>" not in one["function"]
     ]
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(PACKAGE) and not file.startswith(HERE)
 
 
 def bodies(equation: Any) -> list[Any]:
@@ -51,6 +55,7 @@ def bodies(equation: Any) -> list[Any]:
 
 
 def is_call(frame: Frame) -> bool:
+    """Whether a frame is that of a module."""
     return frame.function.endswith("__call__")
 
 
@@ -60,7 +65,7 @@ def callers(found: set[str]) -> Callable[..., Any]:
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         frame = sys._getframe(1)
         while frame is not None:
-            if frame.f_code.co_filename.startswith(PACKAGE):
+            if _is_ours(frame.f_code.co_filename):
                 found.add(frame.f_code.co_qualname.partition(".<locals>")[0])
             frame = frame.f_back
         return call(*args, **kwargs)
