@@ -1,6 +1,6 @@
 """The pictures of ``docs/architectures.md``: which model or function each is drawn from, by the name of its file.
 
-Each entry gives a picture of one of four kinds, of which ``draw(path)`` writes the file and ``str`` says what it shows.
+Each entry makes a picture: ``draw(path)`` writes its file, and ``str`` says what it shows.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Flows:
         drawing.draw_flows(self.flows, path)
 
 
-def models(*presets: str) -> Flows:
-    """The flows of published models."""
-    return Flows(tuple(flow.of_model(PRESETS[name](), name) for name in presets))
+def model(preset: str) -> Flows:
+    """The flow of a published model."""
+    return Flows((flow.of_model(PRESETS[preset](), preset),))
 
 
 def recurrent(width: int = 384) -> Flows:
@@ -71,17 +71,13 @@ def mamba() -> Flows:
         y, last = selective_scan(D=inputs.pop("params")["D"], start=inputs.pop("h"), **inputs)
         return {"h": last, "y": y}
 
-    config = PRESETS["mamba_130m"]()
-    inner, states = config.d_inner, config.state_size  # pyright: ignore[reportAttributeAccessIssue]
+    config: Any = PRESETS["mamba_130m"]()
+    inner, states = config.d_inner, config.state_size
     inputs = {"params": {"D": _shape(inner)}, "A": _shape(inner, states), "h": _shape(1, states, inner)}
-    inputs |= {
-        "x": _shape(1, 1, inner),
-        "delta": _shape(1, 1, inner),
-        "B": _shape(1, 1, states),
-        "C": _shape(1, 1, states),
-    }
+    inputs |= {name: _shape(1, 1, inner) for name in ("x", "delta")}
+    inputs |= {name: _shape(1, 1, states) for name in ("B", "C")}
     scan = flow.of_function(step, inputs, "one step of selective_scan")
-    return Flows((*models("mamba_130m").flows, scan))
+    return Flows((*model("mamba_130m").flows, scan))
 
 
 def _shape(*sizes: int) -> jax.ShapeDtypeStruct:
@@ -91,22 +87,22 @@ def _shape(*sizes: int) -> jax.ShapeDtypeStruct:
 PICTURES: dict[str, Callable[[], Picture]] = {
     "ngram": partial(curves.kneser_ney, LICENSE),
     "recurrent": recurrent,
-    "transformer": partial(models, "transformer_base"),
+    "transformer": partial(model, "transformer_base"),
     "masks": masks.who_sees_whom,
-    "gpt1": partial(models, "gpt1"),
-    "bert": partial(models, "bert_base"),
+    "gpt1": partial(model, "gpt1"),
+    "bert": partial(model, "bert_base"),
     "bert_text": texts.bert,
-    "gpt2": partial(models, "gpt2"),
+    "gpt2": partial(model, "gpt2"),
     "roberta_text": texts.roberta,
-    "albert": partial(models, "albert_base"),
+    "albert": partial(model, "albert_base"),
     "albert_text": texts.albert,
-    "bart": partial(models, "bart_base"),
+    "bart": partial(model, "bart_base"),
     "bart_text": texts.bart,
-    "t5": partial(models, "t5_1_1_small"),
+    "t5": partial(model, "t5_1_1_small"),
     "t5_text": texts.t5,
     "gpt3": masks.alternating,
-    "llama": partial(models, "llama_7b"),
-    "llama2": partial(models, "llama2_70b"),
+    "llama": partial(model, "llama_7b"),
+    "llama2": partial(model, "llama2_70b"),
     "llama3": curves.wavelengths,
     "mamba": mamba,
 }

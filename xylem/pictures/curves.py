@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from xylem.models import PRESETS, ngram
 from xylem.models.positions import rope_frequencies
@@ -57,7 +58,7 @@ class Curves:
     curves: tuple[tuple[str, tuple[float, ...]], ...]
 
     def __str__(self) -> str:
-        return "\n".join(f"{name} " + " ".join(f"{one:.4g}" for one in values) for name, values in self.curves)
+        return "\n".join(f"{name} " + " ".join(f"{one:.3g}" for one in values) for name, values in self.curves)
 
     def draw(self, path: str | Path) -> None:
         """Write the picture as a PNG."""
@@ -126,8 +127,6 @@ def wavelengths() -> Curves:
 
 
 def _axes(width: float, height: float, heading: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), dpi=drawing.DPI, facecolor="white", layout="constrained")
     axis = figure.subplots()
     for side in ("top", "right", "left"):

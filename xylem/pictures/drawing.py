@@ -1,7 +1,7 @@
 """Flows as pictures: boxes, arrows, one palette. How any picture becomes a small file that says what it shows.
 
 What a picture was drawn from stands in the file's ``Description``, so whether a picture is out of date is told without
-drawing it again (``described``). Text is 8 points or more in a file that is as wide as a README's column.
+drawing it again (``described``). Text is 8 points or more.
 """
 
 from __future__ import annotations
@@ -126,9 +126,8 @@ def _draw(axis: Any, flow: Flow, made: Plan, left: float, top: float) -> None:
         mine = {number for number, node in enumerate(flow.nodes) if node.owner == owner}
         aside = sum(boxes[b].x - boxes[a].x for a, b in flow.edges if a in mine and b not in mine)
         inside = [route for edge, route in zip(flow.edges, made.routes, strict=True) if mine.issuperset(edge)]
-        _ground(
-            axis, owner, [boxes[number] for number in sorted(mine)], [x + left for one in inside for x, _ in one], aside
-        )
+        lanes = [x + left for route in inside for x, _ in route]
+        _ground(axis, owner, [boxes[number] for number in sorted(mine)], lanes, aside)
     for route in made.routes:
         _arrow(axis, [(x + left, y + top) for x, y in route])
     for node, box in zip(flow.nodes, boxes, strict=True):
@@ -142,20 +141,19 @@ def _ground(axis: Any, owner: str, boxes: Sequence[Box], lanes: Sequence[float],
     right = max([box.x + box.width / 2 for box in boxes] + [*lanes]) + PAD
     top = min(box.y - box.height / 2 for box in boxes) - PAD
     bottom = max(box.y + box.height / 2 for box in boxes) + 0.2
-    style = "round,pad=0,rounding_size=0.08"
-    shape = FancyBboxPatch(
-        (left, top), right - left, bottom - top, boxstyle=style, fc=CLUSTER, ec=GRID, lw=0.8, zorder=0
-    )
-    axis.add_patch(shape)
+    look = {"boxstyle": "round,pad=0,rounding_size=0.08", "fc": CLUSTER, "ec": GRID, "lw": 0.8, "zorder": 0}
+    axis.add_patch(FancyBboxPatch((left, top), right - left, bottom - top, **look))
     lowest = max(boxes, key=lambda box: box.y)
     x, side = (left + 0.05, "left") if aside > 0.1 or lowest.x > (left + right) / 2 + 0.1 else (right - 0.05, "right")
     clear = {"facecolor": CLUSTER, "edgecolor": "none", "pad": 0.5}
-    axis.text(x, bottom - 0.04, owner, fontsize=SMALL, color=QUIET, ha=side, va="bottom", style="italic", bbox=clear,
-              zorder=1.5)  # fmt: skip
+    look = {"fontsize": SMALL, "color": QUIET, "style": "italic", "bbox": clear, "zorder": 1.5}
+    axis.text(x, bottom - 0.04, owner, ha=side, va="bottom", **look)
 
 
 def _arrow(axis: Any, points: Sequence[tuple[float, float]]) -> None:
-    vertices, codes = [points[0]], [Curve.MOVETO]
+    """An edge: straight where two points lie above or beside each other, else a curve that begins and ends upright."""
+    vertices: list[tuple[float, float]] = [points[0]]
+    codes: list[Any] = [Curve.MOVETO]
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 == x1 and (x1, y1) != points[-1] and points[-1][1] == y1:  # the next one goes sideways: a round corner
             turn = 0.1 if points[-1][0] > x1 else -0.1
@@ -180,18 +178,14 @@ def _box(axis: Any, node: Node, box: Box) -> None:
         axis.add_patch(Circle((box.x, box.y), 0.12, fc=fill, ec=edge, lw=0.9, zorder=2))
     elif node.kind not in ("input", "output"):
         corner = box.x - box.width / 2, box.y - box.height / 2
-        style = "round,pad=0,rounding_size=0.05"
-        axis.add_patch(
-            FancyBboxPatch(corner, box.width, box.height, boxstyle=style, fc=fill, ec=edge, lw=0.9, zorder=2)
-        )
+        look = {"boxstyle": "round,pad=0,rounding_size=0.05", "fc": fill, "ec": edge, "lw": 0.9, "zorder": 2}
+        axis.add_patch(FancyBboxPatch(corner, box.width, box.height, **look))
     lines = _small(node)
     y = box.y - LINE * len(lines) / 2
     weight = "normal" if node.kind in ("input", "output", "join") else "bold"
     style = "italic" if node.kind in ("input", "output") else "normal"
-    axis.text(box.x, y, node.title, fontsize=TITLE, fontweight=weight, style=style, color=INK, ha="center",
-              va="center_baseline", zorder=3)  # fmt: skip
+    middle = {"ha": "center", "va": "center_baseline", "zorder": 3}
+    axis.text(box.x, y, node.title, fontsize=TITLE, fontweight=weight, style=style, color=INK, **middle)
     for number, line in enumerate(lines, 1):
         colour = NOTE if line == node.note else QUIET
-        axis.text(
-            box.x, y + LINE * number, line, fontsize=SMALL, color=colour, ha="center", va="center_baseline", zorder=3
-        )
+        axis.text(box.x, y + LINE * number, line, fontsize=SMALL, color=colour, **middle)

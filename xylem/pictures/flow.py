@@ -83,7 +83,7 @@ class Flow:
     """Steps and what passes between them; ``edges`` are pairs of places in ``nodes``.
 
     Attributes:
-        layers: the flow of one layer, by the title of the node that scans over it.
+        layers: of each scan over layers, in the order of the program, the flow of one of them.
     """
 
     name: str
@@ -116,7 +116,7 @@ def of_model(config: ModelConfig, name: str, tokens: int = 8) -> Flow:
     params = jax.eval_shape(module.init, jax.random.key(0), **ids)["params"]
     # jax has no name of its own for some activations: the config's is shown.
     activation = getattr(config.decoder if isinstance(config, Seq2SeqConfig) else config, "activation", "")
-    words = dict.fromkeys(("activation", "gated"), activation)
+    words = {"activation": activation, "gated": activation}
     return _trace(forward, {"params": params, **ids}, name, detail=False, words=words)
 
 
@@ -142,7 +142,6 @@ class _Group:
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
     operations: list[str] = field(default_factory=list)
     changes: bool = False  # more than shapes and types
-    body: Flow | None = None
 
 
 class _Origin(NamedTuple):
@@ -186,11 +185,13 @@ class _Reader:
         self.results: dict[Any, int] = {}  # by statement and variable, the last operation of it so far
 
     def add(self, group: _Group) -> _Origin:
+        """Begin a group; returns what comes from it."""
         self.groups.append(group)
         self.same.append(len(self.same))
         return _Origin(group=len(self.groups) - 1)
 
     def find(self, group: int) -> int:
+        """The group that a group has become."""
         while self.same[group] != group:
             group = self.same[group]
         return group
@@ -215,13 +216,7 @@ class _Reader:
             return self.step(equation)
         unit = self.unit(path)
         if unit is None and known and (primitive in RESHAPING or operation(equation) == "+ 0"):
-            labels = parted(path[-1]) if primitive == "split" and path else []
-            for place, variable in enumerate(equation.outvars):
-                origin, shape = known[0], variable.aval.shape
-                if len(shape) < len(origin.shape):  # the one set of weights that all layers share
-                    origin = origin._replace(shape=shape)
-                self.origins[variable] = origin._replace(label=labels[place]) if labels else origin
-            return
+            return self.hand_on(known[0], equation, path)
         if unit is None and not known:
             return  # a constant
         key = (id(equation),) if self.detail else unit or tuple(frame[:2] for frame in path)
@@ -235,6 +230,14 @@ class _Reader:
         self.note(here, equation, path, known)
         for variable in equation.outvars:
             self.origins[variable] = _Origin(group=here)
+
+    def hand_on(self, origin: _Origin, equation: Any, path: list[Frame]) -> None:
+        """Let what an equation only reshapes be what it was; parts of it may have names."""
+        labels = parted(path[-1]) if equation.primitive.name == "split" and path else []
+        for place, variable in enumerate(equation.outvars):
+            if len(variable.aval.shape) < len(origin.shape):  # the one set of weights that all layers share
+                origin = origin._replace(shape=variable.aval.shape)
+            self.origins[variable] = origin._replace(label=labels[place]) if labels else origin
 
     def unit(self, path: list[Frame]) -> tuple | None:
         """What an equation is part of: the outermost module or public function that calls no module."""
@@ -253,6 +256,7 @@ class _Reader:
         return "/".join(parts[:-1] if unit and unit[0] == "module" else parts)
 
     def join(self, one: int, other: int) -> None:
+        """Make two groups one: they turned out to belong to the same step."""
         kept, lost = self.groups[one], self.groups[other]
         kept.reads |= lost.reads
         kept.weights |= lost.weights
@@ -274,17 +278,16 @@ class _Reader:
         group.changes |= equation.primitive.name not in RESHAPING
         if self.detail:
             group.note = ", ".join(origin.label for origin in known if origin.label)
-            self.name_last(here, path[-1] if path else None)
+            if path and (name := assigned(path[-1])):
+                self.name_last(here, path[-1], name)
 
-    def name_last(self, here: int, frame: Frame | None) -> None:
+    def name_last(self, here: int, frame: Frame, name: str) -> None:
         """Give the name of a variable to the last of the operations whose result it is."""
-        name = assigned(frame) if frame else ""
-        if name:
-            before = self.results.get((frame[:2], name))  # pyright: ignore[reportOptionalSubscript]
-            if before is not None and self.groups[before].note == name:
-                self.groups[before].note = ""
-            self.results[frame[:2], name] = here  # pyright: ignore[reportOptionalSubscript]
-            self.groups[here].note = self.groups[here].note or name
+        before = self.results.get((frame[:2], name))
+        if before is not None and self.groups[before].note == name:
+            self.groups[before].note = ""
+        self.results[frame[:2], name] = here
+        self.groups[here].note = self.groups[here].note or name
 
     def step(self, equation: Any) -> None:
         """Read the body of a scan in place of the scan: one step of it."""
@@ -308,7 +311,7 @@ class _Reader:
         inner = _Reader(self.calling, self.detail, self.words)
         group = _Group((id(equation),), "layers", path, self.owner(equation, path))
         stacked: set[int] = set()
-        named: dict[str, _Origin] = {}
+        inputs: dict[Any, _Origin] = {}
         for place, (outer, own) in enumerate(zip(equation.invars, body.invars, strict=True)):
             origin = _Origin() if hasattr(outer, "val") else self.origins.get(outer, _Origin())
             if origin.weight is not None:
@@ -318,11 +321,11 @@ class _Reader:
                 stacked.add(outer.aval.shape[0])
             elif origin.group is not None:
                 group.reads[origin.group] = None
-                source = self.node(self.find(origin.group))
-                title = "h" if consts <= place < consts + carried else source.path
-                if title not in named:
-                    named[title] = inner.add(_Group(None, "input", [], title=title))
-                inner.origins[own] = named[title]
+                source = self.find(origin.group)
+                title = "h" if consts <= place < consts + carried else self.node(source).path
+                if (source, title) not in inputs:
+                    inputs[source, title] = inner.add(_Group(None, "input", [], title=title))
+                inner.origins[own] = inputs[source, title]
             elif place >= consts + carried:
                 inner.origins[own] = inner.add(_Group(None, "input", [], title="number of the layer"))
         length = equation.params["length"]
@@ -395,9 +398,6 @@ def _depth(path: list[Frame], frame: Frame) -> int:
 
 
 def _parent(weights: dict[str, tuple[int, ...]]) -> str:
-    """The longest path that all of some parameters lie under."""
+    """The path of the module that all of some parameters belong to; empty where they are of several."""
     paths = [path.split("/")[:-1] for path in weights]
-    common = paths[0]
-    for path in paths[1:]:
-        common = [a for a, b in zip(common, path, strict=False) if a == b]
-    return "/".join(common)
+    return "/".join(paths[0] if all(path == paths[0] for path in paths) else [])

@@ -1,7 +1,7 @@
 """Where the boxes of a flow lie: rows from top to bottom, so that every edge goes down (Sugiyama et al. 1981).
 
-Lengths are inches, y grows downwards. A node lies just above the highest that reads it; an edge over several rows has a
-lane of its own, straight through all of them; the order within rows has few crossings; x makes edges straight.
+Lengths are inches, y grows downwards. An edge over several rows has a lane of its own, straight through all of them;
+the order within rows has few crossings; x makes edges straight.
 """
 
 from __future__ import annotations
@@ -150,10 +150,9 @@ def _across(flow: Flow, rows: list[int], grid: list[list[Item]], widths: dict[It
                 middle = {at["node", end]: -1.0 / len(near) for end in near}
                 pulls.append((2.0 if own else 1.0, {at["node", node]: 1.0} | middle))
     for number, (source, target) in enumerate(flow.edges):
-        lane = at.get(("edge", number))
-        for end in (source, target) if lane is not None else ():
-            pulls.append((0.4, {at["node", end]: 1.0, lane: -1.0}))
-        if lane is None:
+        if ("edge", number) in at:
+            pulls += [(0.4, {at["node", end]: 1.0, at["edge", number]: -1.0}) for end in (source, target)]
+        else:
             pulls.append((0.2, {at["node", source]: 1.0, at["node", target]: -1.0}))
     apart = [(at[a], at[b], (widths[a] + widths[b]) / 2 + SIDE_GAP) for row in grid for a, b in pairwise(row)]
     grounds, edges = _grounds(flow, grid, widths, at, len(items))
@@ -171,7 +170,7 @@ def _grounds(
     for owner in sorted({node.owner for node in flow.nodes if node.owner}):
         mine = {("node", place) for place, node in enumerate(flow.nodes) if node.owner == owner}
         inner = {("edge", place) for place, (a, b) in enumerate(flow.edges) if {("node", a), ("node", b)} <= mine}
-        inside = mine | inner
+        inside = sorted(mine | inner)
         limits += [(number, at[item], widths[item] / 2 + PAD) for item in inside if item in at]
         limits += [(at[item], number + 1, widths[item] / 2 + PAD) for item in inside if item in at]
         for row in grid:

@@ -54,18 +54,17 @@ class Grids:
         widths = [max(CELL * len(one.rows[0]), *(_width(one))) for one in self.grids]
         height = max(CELL * len(one.rows) for one in self.grids) + 0.75
         figure, axis = drawing.canvas(sum(widths) + GAP * (len(widths) - 1) + 0.5, height)
-        left = 0.35
-        axis.text(left - 0.12, 0.52 + CELL, "queries", fontsize=drawing.SMALL, color=drawing.QUIET, rotation=90,
-                  va="top", ha="right")  # fmt: skip
+        left, small = 0.35, {"fontsize": drawing.SMALL, "color": drawing.QUIET, "va": "top"}
+        axis.text(left - 0.12, 0.52 + CELL, "queries", rotation=90, ha="right", **small)
         for one, width in zip(self.grids, widths, strict=True):
             axis.text(left, 0.1, one.title, fontsize=drawing.TITLE, fontweight="bold", color=drawing.INK, va="top")
-            axis.text(left, 0.28, one.note, fontsize=drawing.SMALL, color=drawing.QUIET, va="top")
+            axis.text(left, 0.28, one.note, **small)
             for i, row in enumerate(one.rows):
                 for j, seen in enumerate(row):
                     fill = "#86b8a5" if seen == "x" else "#ffffff"
                     corner = left + CELL * j, 0.52 + CELL * i
                     axis.add_patch(Rectangle(corner, CELL, CELL, fc=fill, ec="#cbd2d9", lw=0.6))
-            axis.text(left, 0.56 + CELL * len(one.rows), "keys", fontsize=drawing.SMALL, color=drawing.QUIET, va="top")
+            axis.text(left, 0.56 + CELL * len(one.rows), "keys", **small)
             left += width + GAP
         drawing.save(figure, path, str(self))
 
@@ -77,25 +76,27 @@ def _width(grid: Grid) -> tuple[float, float]:
 def seen(config: ModelConfig, *tokens: int, **segments: Sequence[int]) -> list[tuple[str, np.ndarray]]:
     """The masks of every attention that runs while a new model of this config reads rows of so many tokens.
 
-    ``segments`` (``decoder_segments``) go to the model as they are. Returns, in the order of the layers, the path of
-    what attends and what each query sees.
+    ``segments`` and ``decoder_segments`` go to the model as they are. Returns, in the order of the layers, the name of
+    what attends (``decoder/...`` where there is a source to read) and what each query sees.
     """
     found: list[tuple[str, np.ndarray]] = []
 
     def spy(call: Any, args: Any, kwargs: Any, method: Any) -> Any:
-        if isinstance(method.module, Attention | CrossAttention):
+        """An interceptor of module calls (flax)."""
+        module: Any = method.module
+        if isinstance(module, Attention | CrossAttention):
             x, context = args[:2]
-            crossing = isinstance(method.module, CrossAttention)
-            mask = context.memory_mask if crossing else context.mask
-            side = "encoder" if context.memory is None else "decoder"
-            note = lambda mask, name=f"{side}/{method.module.name}": found.append((name, np.asarray(mask[0])))  # noqa: E731
-            keys = context.memory.shape[1] if crossing else x.shape[1]
-            jax.debug.callback(note, mask.array(x.shape[1], keys), ordered=True)
+            name = module.name if context.memory is None else f"decoder/{module.name}"
+            if isinstance(module, CrossAttention):
+                mask = context.memory_mask.array(x.shape[1], context.memory.shape[1])
+            else:
+                mask = context.mask.array(x.shape[1], x.shape[1])
+            jax.debug.callback(lambda mask: found.append((name, np.asarray(mask[0]))), mask, ordered=True)
         return call(*args, **kwargs)
 
     module = build(config)
     ids = [jnp.zeros((1, count), jnp.int32) for count in tokens]
-    named = {name: jnp.asarray([values]) for name, values in segments.items()}
+    named: dict[str, Any] = {name: jnp.asarray([values]) for name, values in segments.items()}
     shapes = jax.eval_shape(module.init, jax.random.key(0), *ids)["params"]
     params = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)  # no mask depends on a weight
 

@@ -120,7 +120,7 @@ def operation(equation: Any) -> str:
     if name and not name.startswith("_"):
         return f"={name}"
     literal = next((v.val for v in equation.invars if hasattr(v, "val") and jnp.ndim(v.val) == 0), None)
-    symbol = SYMBOLS.get(equation.primitive.name, equation.primitive.name)
+    symbol = SYMBOLS.get(equation.primitive.name, str(equation.primitive.name))
     if literal is None or len(equation.invars) != 2:
         return symbol
     return f"{float(literal):.3g} {symbol}" if hasattr(equation.invars[0], "val") else f"{symbol} {float(literal):.3g}"

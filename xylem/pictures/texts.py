@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.patches import FancyBboxPatch
 
+from xylem.configs.pretrain import RUNS
 from xylem.data import corruption, denoising, examples, masking, pairs
 from xylem.pictures import drawing
 
@@ -31,7 +32,7 @@ VOCABULARY = [*WORDS, *SPECIAL, *(f"<{number}>" for number in reversed(range(SEN
 IDS = {word: number for number, word in enumerate(VOCABULARY)}
 # Chosen so that two sentences show what else takes many: a random word, one that is kept, a random second sentence, a
 # swapped pair, a run of three, a span of no tokens.
-SEEDS = {"bert": 14, "roberta": 1, "albert": 15, "bart": 107}
+SEEDS = {"bert": 14, "roberta": 1, "albert": 15, "bart": 107, "t5": 0}
 LOOKS = {  # fill and edge of a word
     "": ("#ffffff", "#cbd2d9"),
     "mask": ("#fbeccb", "#b7791f"),
@@ -52,9 +53,8 @@ class Texts:
     rows: tuple[tuple[str, tuple[Word, ...]], ...]
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{name}: " + " ".join(word + f" ({look})" * bool(look) for word, look in row) for name, row in self.rows
-        )
+        shown = [(name, [word + f" ({look})" * bool(look) for word, look in row]) for name, row in self.rows]
+        return "\n".join(f"{name}: {' '.join(row)}" for name, row in shown)
 
     def draw(self, path: str | Path) -> None:
         """Write the picture as a PNG."""
@@ -79,9 +79,8 @@ class Texts:
             fill, edge = LOOKS[look]
             shape = {"boxstyle": "round,pad=0,rounding_size=0.04", "fc": fill, "ec": edge, "lw": 0.8}
             axis.add_patch(FancyBboxPatch((x, at - 0.1), width, 0.2, **shape))
-            axis.text(
-                x + width / 2, at, word, fontsize=drawing.SMALL, color=drawing.INK, ha="center", va="center_baseline"
-            )
+            middle = {"ha": "center", "va": "center_baseline"}
+            axis.text(x + width / 2, at, word, fontsize=drawing.SMALL, color=drawing.INK, **middle)
         drawing.save(figure, path, str(self))
 
 
@@ -90,10 +89,10 @@ def ids(text: str) -> np.ndarray:
     return np.array([IDS[word] for word in text.split()], np.int32)
 
 
-def words(numbers: Sequence[int] | np.ndarray, look: str = "") -> tuple[Word, ...]:
+def words(numbers: Sequence[int] | np.ndarray) -> tuple[Word, ...]:
     """Numbers as words; special ones look so."""
     named = [VOCABULARY[number] for number in numbers]
-    return tuple((word, "mask" if word == "[MASK]" else "special" if _special(word) else look) for word in named)
+    return tuple((word, "mask" if word == "[MASK]" else "special" if _special(word) else "") for word in named)
 
 
 def _special(word: str) -> bool:
@@ -106,34 +105,35 @@ def _packed(sentences: Sequence[str], behind: int = 1) -> dict[str, np.ndarray]:
     return {"tokens": tokens, "segments": np.ones(len(tokens), np.int32)}
 
 
-def _masked(record: Any, seed: int, epoch: int = 0, max_ngram: int = 1) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
-    """What is read of a record, and what is asked for: the hidden words at their places."""
+def _objective(run: str) -> Any:
+    """The settings of a run's objective."""
+    return RUNS[run]().objective
+
+
+def _masked(record: Any, objective: Any, seed: int, epoch: int = 0) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
+    """What is read of a record, and the hidden words that are asked for."""
     special = [IDS[word] for word in VOCABULARY if _special(word)]
-    settings = {"special": special, "mask_id": IDS["[MASK]"], "vocab_size": len(VOCABULARY), "max_ngram": max_ngram}
-    hide = partial(masking.mask_tokens, **settings)
+    own = {name: getattr(objective, name) for name in ("rate", "masked", "random", "max_ngram")}
+    ids_of = {"special": special, "mask_id": IDS["[MASK]"], "vocab_size": len(VOCABULARY)}
+    hide = partial(masking.mask_tokens, **ids_of, **own)
     made = examples.hidden_tokens(record, corruption.generator(seed, epoch, 0), hide=hide, most=9)
-    real = made["segments"] > 0
-    chosen = dict(zip(made["places"][made["weights"] > 0], made["labels"][made["weights"] > 0], strict=True))
-    read, asked = list(words(made["tokens"][real])), [(" ", "")] * int(real.sum())
-    for place, label in chosen.items():
-        asked[place] = (VOCABULARY[label], "wanted")
+    read, chosen = list(words(made["tokens"][made["segments"] > 0])), made["weights"] > 0
+    for place, label in zip(made["places"][chosen], made["labels"][chosen], strict=True):
         if read[place][1] != "mask":
             read[place] = (read[place][0], "kept" if made["tokens"][place] == label else "random")
-    return tuple(read), tuple(word for word in asked if word[1])
+    return tuple(read), tuple((VOCABULARY[label], "wanted") for label in made["labels"][chosen])
 
 
-def _pair_rows(pair: pairs.Pair, judged: tuple[str, str], seed: int, max_ngram: int) -> Texts:
+def _pair_rows(pair: pairs.Pair, judged: tuple[str, str], objective: Any, seed: int) -> Texts:
     record = pairs.records([pair], len(pair.tokens), IDS["[SEP]"])[0]
-    read, asked = _masked(record, seed, max_ngram=max_ngram)
-    kinds = tuple((str(kind), "") for kind in pair.token_types)
-    return Texts(
-        (
-            ("the pair", words(pair.tokens)),
-            ("token types", kinds),
-            ("it reads", read),
-            ("it says", (*asked, (judged[pair.label], "wanted"))),
-        )
-    )
+    read, asked = _masked(record, objective, seed)
+    rows = {
+        "the pair": words(pair.tokens),
+        "token types": tuple((str(kind), "") for kind in pair.token_types),
+        "it reads": read,
+        "it says": (*asked, (judged[pair.label], "wanted")),
+    }
+    return Texts(tuple(rows.items()))
 
 
 def bert(seed: int = SEEDS["bert"]) -> Texts:
@@ -141,13 +141,13 @@ def bert(seed: int = SEEDS["bert"]) -> Texts:
     documents = [[ids(one) for one in document] for document in (CAVES, FUNGUS)]
     special = IDS["[CLS]"], IDS["[SEP]"]
     pair = pairs.next_sentence_pairs(documents, 0, pairs.chance(seed, 0, 0), 40, *special, short_probability=0.0)[0]
-    return _pair_rows(pair, ("is next", "is not next"), seed, max_ngram=1)
+    return _pair_rows(pair, ("is next", "is not next"), _objective("bert"), seed)
 
 
 def roberta(seed: int = SEEDS["roberta"]) -> Texts:
     """One window in three epochs."""
     record = _packed(CAVES)
-    rows = [(f"epoch {epoch}", _masked(record, seed, epoch)[0]) for epoch in range(3)]
+    rows = [(f"epoch {epoch}", _masked(record, _objective("roberta"), seed, epoch)[0]) for epoch in range(3)]
     return Texts((("the text", words(record["tokens"][:-1])), *rows))
 
 
@@ -156,35 +156,39 @@ def albert(seed: int = SEEDS["albert"]) -> Texts:
     document = [ids(one) for one in CAVES]
     special = IDS["[CLS]"], IDS["[SEP]"]
     pair = pairs.sentence_order_pairs(document, pairs.chance(seed, 0, 0), 40, *special, short_probability=0.0)[0]
-    return _pair_rows(pair, ("in order", "swapped"), seed, max_ngram=3)
+    return _pair_rows(pair, ("in order", "swapped"), _objective("albert"), seed)
 
 
 def bart(seed: int = SEEDS["bart"]) -> Texts:
     """Permuted sentences with spans missing."""
     record = _packed(CAVES, behind=2)  # the objective puts an end of its own in the last place of a window
-    noise = denoising.bart(IDS["[MASK]"], [IDS["."]])
-    made = examples.denoised(
-        record, corruption.generator(seed, 0, 0), noise=noise, end=IDS["<end>"], start=IDS["<start>"]
+    objective, ends = _objective("bart"), {"end": IDS["<end>"], "start": IDS["<start>"]}
+    noise = denoising.bart(IDS["[MASK]"], [IDS["."]], objective.rate, objective.mean_span)
+    return _pair_of_texts(record, examples.denoised(record, corruption.generator(seed, 0, 0), noise=noise, **ends))
+
+
+def t5(seed: int = SEEDS["t5"]) -> Texts:
+    """Missing spans."""
+    record, objective = _packed((*CAVES, *FUNGUS)), _objective("t5")
+    made = examples.corrupted_spans(
+        record,
+        corruption.generator(seed, 0, 0),
+        vocab_size=len(VOCABULARY),
+        end=IDS["<end>"],
+        start=IDS["<start>"],
+        noise_density=objective.noise_density,
+        mean_span=objective.mean_span,
+        sentinels=SENTINELS,
     )
     return _pair_of_texts(record, made)
 
 
-def t5(seed: int = 0) -> Texts:
-    """Missing spans."""
-    record = _packed((*CAVES, *FUNGUS))
-    sizes = {"vocab_size": len(VOCABULARY), "end": IDS["<end>"], "start": IDS["<start>"], "sentinels": SENTINELS}
-    spans = {"noise_density": 0.15, "mean_span": 3.0}
-    return _pair_of_texts(record, examples.corrupted_spans(record, corruption.generator(seed, 0, 0), **sizes, **spans))
-
-
 def _pair_of_texts(record: Any, made: Any) -> Texts:
     real, asked = made["segments"] > 0, made["weights"] > 0
-    text = record["tokens"][record["tokens"] != IDS["<end>"]]
-    return Texts(
-        (
-            ("the text", words(text)),
-            ("encoder reads", words(made["tokens"][real])),
-            ("decoder reads", words(made["decoder_tokens"][asked])),
-            ("decoder says", tuple((word, "wanted") for word, _ in words(made["labels"][asked]))),
-        )
-    )
+    rows = {
+        "the text": words(record["tokens"][record["tokens"] != IDS["<end>"]]),
+        "encoder reads": words(made["tokens"][real]),
+        "decoder reads": words(made["decoder_tokens"][asked]),
+        "decoder says": tuple((word, "wanted") for word, _ in words(made["labels"][asked])),
+    }
+    return Texts(tuple(rows.items()))
