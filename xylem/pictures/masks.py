@@ -83,14 +83,14 @@ def seen(config: ModelConfig, *tokens: int, **segments: Sequence[int]) -> list[t
 
     def spy(call: Any, args: Any, kwargs: Any, method: Any) -> Any:
         """An interceptor of module calls (flax)."""
-        module: Any = method.module
-        if isinstance(module, Attention | CrossAttention):
-            x, context = args[:2]
-            name = module.name if context.memory is None else f"decoder/{module.name}"
-            if isinstance(module, CrossAttention):
-                mask = context.memory_mask.array(x.shape[1], context.memory.shape[1])
+        if isinstance(method.module, Attention | CrossAttention):
+            queries, context = args[0].shape[1], args[1]
+            decoding = context.memory is not None
+            name = f"decoder/{method.module.name}" if decoding else f"{method.module.name}"
+            if isinstance(method.module, Attention):
+                mask = context.mask.array(queries, queries)
             else:
-                mask = context.mask.array(x.shape[1], x.shape[1])
+                mask = context.memory_mask.array(queries, context.memory.shape[1])
             jax.debug.callback(lambda mask: found.append((name, np.asarray(mask[0]))), mask, ordered=True)
         return call(*args, **kwargs)
 
