@@ -45,12 +45,18 @@ def test_every_family_has_a_section_with_a_picture_its_files_and_a_command():
 def test_the_page_shows_each_picture_of_the_catalogue_and_no_other():
     shown = re.findall(r"\(figures/(\w+)\.png\)", page())
     assert sorted(shown) == sorted(catalogue.PICTURES)
-    assert sorted(path.stem for path in (ROOT / "docs" / "figures").glob("*.png")) == sorted(catalogue.PICTURES)
+    files = {path.stem: path for path in (ROOT / "docs" / "figures").glob("*.png")}
+    assert sorted(files) == sorted(catalogue.PICTURES)
+    for name, path in files.items():
+        width, _ = drawing.Image.open(path).size
+        assert path.stat().st_size < 48_000 and width / drawing.DPI < 11, f"{name}: too large for a README's column"
 
 
 def test_links_of_the_page_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page()):
-        assert target.startswith("http") or (PAGE.parent / target).exists(), target
+    titles = re.findall(r"^## (.+)$", page(), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page()):
+        assert (PAGE.parent / target).exists() if target else anchor in anchors, target or anchor
 
 
 def test_commands_of_the_page_are_understood():
