@@ -193,7 +193,8 @@ def test_shared_weights_are_told():
 
 
 def test_boxes_of_a_plan_do_not_overlap_and_edges_go_down():
-    for one in flow.of_model(TINY["t5_small"], "x").layers:
+    whole = flow.of_model(TINY["t5_small"], "x")
+    for one in (whole, *whole.layers):
         made = layout.plan(one, [(0.5 + 0.1 * (number % 3), 0.4) for number in range(len(one.nodes))])
         for number, box in enumerate(made.boxes):
             for other in made.boxes[:number]:

@@ -43,7 +43,8 @@ PALETTE = (
 
 
 def draw_flows(flows: Sequence[Flow], path: str | Path) -> None:
-    """Draw flows beside each other, with those of their layers behind them, as a PNG that replaces ``path``."""
+    """Draw flows beside each other as a PNG that replaces ``path``: of each model its own, then a layer's (of an
+    encoder-decoder the decoder's, which has all that the encoder's has)."""
     panels = [one for flow in flows for one in (flow, *flow.layers[-1:])]
     plans = [plan(flow, [_size(node) for node in flow.nodes]) for flow in panels]
     width = sum(one.width for one in plans) + PANEL_GAP * (len(plans) - 1) + 2 * MARGIN

@@ -156,6 +156,8 @@ class _Origin(NamedTuple):
 def _trace(
     function: Callable[..., Any], inputs: dict[str, Any], name: str, detail: bool, words: dict[str, str]
 ) -> Flow:
+    """Trace a function of named arrays, those under ``params/`` being parameters, and read the program. ``words`` tell
+    what functions of some names do."""
     calling: set[str] = set()
     with nn.intercept_methods(callers(calling)):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(inputs)
@@ -169,6 +171,7 @@ def _trace(
 
 
 def _paths(tree: Any) -> list[str]:
+    """The path of every leaf, in jax's order."""
     keys = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path in keys]
 
@@ -189,6 +192,11 @@ class _Reader:
         self.groups.append(group)
         self.same.append(len(self.same))
         return _Origin(group=len(self.groups) - 1)
+
+    def begin(self, key: Any, kind: Kind, equation: Any, path: list[Frame]) -> int:
+        """The number of a new group that an equation is the first of."""
+        self.add(_Group(key, kind, path, self.owner(equation, path)))
+        return len(self.groups) - 1
 
     def find(self, group: int) -> int:
         """The group that a group has become."""
@@ -222,8 +230,7 @@ class _Reader:
         key = (id(equation),) if self.detail else unit or tuple(frame[:2] for frame in path)
         groups = [self.find(origin.group) for origin in known if origin.group is not None]
         mine = [group for group in groups if self.groups[group].key == key]
-        here = mine[0] if mine else self.add(_Group(key, _kind(unit), path, self.owner(equation, path))).group
-        assert here is not None
+        here = mine[0] if mine else self.begin(key, unit[0] if unit else "join", equation, path)
         for other in mine[1:]:
             if other != here:
                 self.join(here, other)
@@ -241,10 +248,11 @@ class _Reader:
 
     def unit(self, path: list[Frame]) -> tuple | None:
         """What an equation is part of: the outermost module or public function that calls no module."""
-        for frame in path if not self.detail else ():
-            own = frame.function.rpartition(".")[2]
-            if frame.function not in self.calling and (not own.startswith("_") or is_call(frame)):
-                return ("module" if is_call(frame) else "function", frame.function, _depth(path, frame))
+        for place, frame in enumerate(path if not self.detail else ()):
+            public = is_call(frame) or not frame.function.rpartition(".")[2].startswith("_")
+            if frame.function not in self.calling and public:
+                calls = sum(map(is_call, path[:place]))  # sets apart a function's calls from different modules
+                return ("module" if is_call(frame) else "function", frame.function, calls)
         return None
 
     def owner(self, equation: Any, path: list[Frame]) -> str:
@@ -353,7 +361,7 @@ class _Reader:
         return assigned(group.path[-1]) or " ".join(group.operations)
 
     def finish(self, name: str) -> Flow:
-        """Nodes that something comes of, in the order of the program."""
+        """Nodes that something comes of, in the order of the program; inputs where they are first read."""
         reads = {
             place: {self.find(other) for other in group.reads} - {place}
             for place, group in enumerate(self.groups)
@@ -369,7 +377,11 @@ class _Reader:
             wanted |= more
         first = {other: place for place in sorted(wanted, reverse=True) for other in reads[place]}
         before = {place for place in wanted if self.groups[place].kind == "input"}
-        places = sorted(wanted, key=lambda place: first[place] - 0.5 if place in before else place)
+        left = sorted(wanted, key=lambda place: first[place] - 0.5 if place in before else place)
+        places: list[int] = []
+        while left:  # what a node reads stands in front of it
+            places.append(next(place for place in left if reads[place].isdisjoint(left)))
+            left.remove(places[-1])
         numbers = {place: number for number, place in enumerate(places)}
         nodes = tuple(self.node(place) for place in places)
         edges = tuple((numbers[other], numbers[place]) for place in places for other in sorted(reads[place]))
@@ -386,15 +398,6 @@ class _Reader:
             scales = [one for one in group.operations if one.startswith("× ") and "@" in group.operations]  # noqa: RUF001
             note = self.words.get(title) or " ".join(named if title in self.words else scales)
         return Node(group.kind, title.removeprefix("="), owner, tuple(group.weights.items()), note)
-
-
-def _kind(unit: tuple | None) -> Kind:
-    return "join" if unit is None else unit[0]
-
-
-def _depth(path: list[Frame], frame: Frame) -> int:
-    """Sets apart a function's calls from different modules."""
-    return sum(map(is_call, path[: path.index(frame)]))
 
 
 def _parent(weights: dict[str, tuple[int, ...]]) -> str:

@@ -37,7 +37,7 @@ class Grid:
     @classmethod
     def of(cls, title: str, note: str, mask: np.ndarray) -> Grid:
         """A grid of a Boolean array."""
-        return cls(title, note, tuple("".join("x" if seen else "." for seen in row) for row in mask))
+        return cls(title, note, tuple("".join("x" if allowed else "." for allowed in row) for row in mask))
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Grids:
             axis.text(left, 0.1, one.title, fontsize=drawing.TITLE, fontweight="bold", color=drawing.INK, va="top")
             axis.text(left, 0.28, one.note, **small)
             for i, row in enumerate(one.rows):
-                for j, seen in enumerate(row):
-                    fill = "#86b8a5" if seen == "x" else "#ffffff"
+                for j, cell in enumerate(row):
+                    fill = "#86b8a5" if cell == "x" else "#ffffff"
                     corner = left + CELL * j, 0.52 + CELL * i
                     axis.add_patch(Rectangle(corner, CELL, CELL, fc=fill, ec="#cbd2d9", lw=0.6))
             axis.text(left, 0.56 + CELL * len(one.rows), "keys", **small)
