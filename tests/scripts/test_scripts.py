@@ -33,7 +33,10 @@ def flags(corpus, tmp_path):
     return (*TINY, *where, "--run-dir", str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name", ["pretrain", "generate", "plan", "evaluate", "scaling", "gradient_flow", "ladder"])
+NAMES = ("pretrain", "generate", "plan", "evaluate", "scaling", "gradient_flow", "architectures", "ladder")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_help_comes_without_loading_jax(name):
     path = SCRIPTS / f"{name}.py"
     code = f"""
