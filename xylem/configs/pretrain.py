@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from xylem.training.config import (
     RunConfig,
     SpanConfig,
     objectives_of,
+    settings_of,
 )
 
 T = TypeVar("T")
@@ -185,7 +187,7 @@ def parse(arguments: list[str], prog: str, description: str, around: Callable[[R
     name = named[0] if named else "default"
     if name not in RUNS:
         raise ConfigError("PRESET", name, f"it must be one of {', '.join(RUNS)}", RUNS)
-    default = around(RUNS[name]())
+    default = around(_with_objective(RUNS[name](), arguments))
     parsed = tyro.cli(
         type(default),
         prog=f"{prog} [PRESET]",
@@ -195,3 +197,14 @@ def parse(arguments: list[str], prog: str, description: str, around: Callable[[R
         config=(tyro.conf.AvoidSubcommands,),
     )
     return name, parsed
+
+
+def _with_objective(run: RunConfig, arguments: list[str]) -> RunConfig:
+    """The run with the class of settings that ``--objective.name`` asks for: flags fill a class in and choose none."""
+    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flag.add_argument("--objective.name", dest="asked", nargs="?")
+    asked = flag.parse_known_args(arguments)[0].asked
+    if asked is None or type(run.objective) is settings_of(asked):
+        return run
+    shared = {name: getattr(run.objective, name) for name in ("label_smoothing", "z_loss")}
+    return replace(run, objective=settings_of(asked)(name=asked, **shared))

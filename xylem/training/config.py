@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +26,9 @@ class MeshConfig:
     tensor: int = 1
 
 
-Objective = Literal["causal_lm", "truncated", "continuation", "masked_lm", "span_corruption", "denoising"]
+Objective = Literal[
+    "causal_lm", "truncated", "scheduled_sampling", "continuation", "masked_lm", "span_corruption", "denoising"
+]
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,60 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         check_choices(self)
-        own = {"masked_lm": MaskedConfig, "span_corruption": SpanConfig, "denoising": DenoisingConfig}
-        if type(self) is not (wanted := own.get(self.name, ObjectiveConfig)):
-            allowed = f"its settings are a {wanted.__name__}, these are another's: begin with a preset that has it"
+        if type(self) is not (wanted := settings_of(self.name)):
+            allowed = f"its settings are a {wanted.__name__}, these are another's"
             raise ConfigError("objective.name", self.name, allowed)
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ConfigError("objective.label_smoothing", self.label_smoothing, "it must lie in [0, 1)")
         if self.z_loss < 0.0:
             raise ConfigError("objective.z_loss", self.z_loss, "it must not be negative")
+
+
+def settings_of(name: str) -> type[ObjectiveConfig]:
+    """The class of an objective's settings."""
+    own = (SampledConfig, MaskedConfig, SpanConfig, DenoisingConfig)
+    return next((each for each in own if each.name == name), ObjectiveConfig)
+
+
+@dataclass(frozen=True)
+class SampledConfig(ObjectiveConfig):
+    """The next token after prefixes that the model itself wrote in part (1506.03099; see ``scheduled_sampling.py``).
+
+    Attributes:
+        decay: how the probability that a token shown is the true one falls with the step (section 2.4):
+            ``linear:START,SLOPE,LEAST`` is max(LEAST, START - SLOPE step), ``exponential:BASE`` is BASE ** step, and
+            ``inverse_sigmoid:K`` is K / (K + exp(step / K)), one half at step K log K.
+    """
+
+    name: Objective = "scheduled_sampling"
+    decay: str = "inverse_sigmoid:100"
+
+    def __post_init__(self):
+        super().__post_init__()
+        kind, numbers = decay_of(self.decay)
+        if kind == "linear":
+            start, slope, least = numbers
+            holds, allowed = 0 <= least <= start <= 1 and slope >= 0, "0 <= LEAST <= START <= 1, and 0 <= SLOPE"
+        elif kind == "exponential":
+            holds, allowed = 0 < numbers[0] < 1, "BASE lies between 0 and 1"
+        else:
+            holds, allowed = 1 <= numbers[0] < math.inf, "K is at least 1"
+        if not holds:
+            raise ConfigError("objective.decay", self.decay, allowed)
+
+
+def decay_of(text: str) -> tuple[str, list[float]]:
+    """The formula and the numbers that ``SampledConfig.decay`` names."""
+    forms = {"linear": "START,SLOPE,LEAST", "exponential": "BASE", "inverse_sigmoid": "K"}
+    kind, _, rest = text.partition(":")
+    try:
+        numbers = [float(number) for number in rest.split(",")]
+    except ValueError:
+        numbers = []
+    if kind not in forms or len(numbers) != len(forms[kind].split(",")):
+        allowed = f"it must be {' or '.join(f'{one}:{form}' for one, form in forms.items())}, in numbers"
+        raise ConfigError("objective.decay", text, allowed)
+    return kind, numbers
 
 
 @dataclass(frozen=True)
@@ -181,7 +230,9 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    objective: ObjectiveConfig | MaskedConfig | SpanConfig | DenoisingConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig | SampledConfig | MaskedConfig | SpanConfig | DenoisingConfig = field(
+        default_factory=ObjectiveConfig
+    )
     mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 1000
     batch_size: int = 16
@@ -240,10 +291,10 @@ def objectives_of(model: ModelConfig) -> tuple[Objective, ...]:
     if isinstance(model, Seq2SeqConfig):
         return ("denoising", "span_corruption", "continuation")
     if isinstance(model, RecurrentConfig):
-        return ("causal_lm", "truncated")
-    if isinstance(model, MambaConfig):
-        return ("causal_lm",)
-    return ("causal_lm",) if model.attention.mask == "causal" else ("masked_lm",)
+        return ("causal_lm", "truncated", "scheduled_sampling")
+    if isinstance(model, MambaConfig) or model.attention.mask == "causal":
+        return ("causal_lm", "scheduled_sampling")
+    return ("masked_lm",)
 
 
 def special_ids(config: RunConfig, tokenizer: Tokenizer) -> dict[str, int]:
@@ -292,4 +343,4 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 def writes(config: RunConfig) -> bool:
     """Whether the model is one that continues a text: then samples are written, and bits per byte mean something."""
-    return config.objective.name in ("causal_lm", "truncated")
+    return config.objective.name in ("causal_lm", "truncated", "scheduled_sampling")
