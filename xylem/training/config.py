@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from xylem.data import corruption, spans
 from xylem.data.config import DataConfig
+from xylem.data.ramp import BatchRamp
 from xylem.errors import ConfigError
 from xylem.models.config import ModelConfig, Seq2SeqConfig
 from xylem.models.settings import check_choices
@@ -169,6 +170,25 @@ class DenoisingConfig(ObjectiveConfig):
 
 
 @dataclass(frozen=True)
+class RampConfig:
+    """A batch that grows with what has been read, as GPT-3's (see ``data/ramp.py``).
+
+    Attributes:
+        tokens: read when the batch is full; 0 is no ramp: every batch is full.
+        start: micro-batches of the first step; the full batch has ``accumulate``.
+    """
+
+    tokens: int = 0
+    start: int = 1
+
+    def __post_init__(self):
+        if self.tokens < 0:
+            raise ConfigError("ramp.tokens", self.tokens, "it must not be negative; 0 is no ramp")
+        if self.start < 1:
+            raise ConfigError("ramp.start", self.start, "it must be at least 1 micro-batch")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """How weights move.
 
@@ -221,6 +241,7 @@ class RunConfig:
         steps: optimizer steps in all; a second start of a finished run with more steps goes on.
         batch_size: sequences a step, over all devices and accumulation steps.
         accumulate: micro-batches a step; the gradient is that of the whole batch.
+        ramp: makes the first steps take fewer micro-batches.
         ema: decay of the averaged weights that validation and the last checkpoint then also carry; None keeps none.
         log_every, evaluate_every, save_every, sample_every: in steps; 0 turns the last three off until the end.
         evaluate_batches: validation batches while training; at the last step the whole split is read.
@@ -237,6 +258,7 @@ class RunConfig:
     steps: int = 1000
     batch_size: int = 16
     accumulate: int = 1
+    ramp: RampConfig = field(default_factory=RampConfig)
     seed: int = 0
     ema: float | None = None
     log_every: int = 10
@@ -257,6 +279,9 @@ class RunConfig:
                 raise ConfigError(name, getattr(self, name), "it must not be negative")
         if self.batch_size % self.accumulate:
             raise ConfigError("accumulate", self.accumulate, f"it must divide batch_size = {self.batch_size}")
+        if self.ramp.tokens and self.ramp.start >= self.accumulate:
+            allowed = f"fewer micro-batches than the full batch's, accumulate = {self.accumulate}"
+            raise ConfigError("ramp.start", self.ramp.start, allowed)
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise ConfigError("ema", self.ema, "it must lie in (0, 1), or be None")
         allowed = objectives_of(self.model)
@@ -276,6 +301,14 @@ class RunConfig:
         if needed > objective.sentinels:
             allowed = f"at least {needed}: that many spans are taken out of {length} tokens"
             raise ConfigError("objective.sentinels", objective.sentinels, allowed)
+
+    @property
+    def batch_ramp(self) -> BatchRamp:
+        """How many micro-batches each step takes, and what is read before it; without a ramp, one a step."""
+        tokens = self.batch_size * self.data.sequence_length
+        if not self.ramp.tokens:
+            return BatchRamp(1, 1, tokens, 0)
+        return BatchRamp(self.ramp.start, self.accumulate, tokens // self.accumulate, self.ramp.tokens)
 
     @property
     def tokens_read(self) -> int:

@@ -31,13 +31,16 @@ REFERENCE_BYTES = 8_000_000  # what xz compresses in seconds
 def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, restored: Restored | None) -> list[str]:
     """Lines that say what is about to be trained, on what, and from where."""
     model, train = config.model, data.counts["train"]
-    batch_tokens = config.batch_size * config.data.sequence_length
+    ramp, steps = config.batch_ramp, config.steps
+    read = ramp.tokens_before(steps)
+    first, last = ramp.tokens_before(1), read - ramp.tokens_before(steps - 1)
+    batches = f"{last:,}" if first == last else f"{first:,} to {last:,}"
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = [
         f"{model.family}: {tree.count(state.params):,} parameters, {model.num_layers} layers of width {model.d_model}, "
         f"{model.vocab_size:,} tokens",
         f"{config.data.corpus}: {train['tokens']:,} training tokens of {train['bytes'] / train['tokens']:.2f} bytes; "
-        f"{config.steps:,} steps of {batch_tokens:,} are {config.steps * batch_tokens / train['tokens']:.2f} epochs",
+        f"{steps:,} steps of {batches} are {read / train['tokens']:.2f} epochs",
         f"mesh {sizes} of {mesh.devices.flat[0].device_kind}; run folder {config.run_dir}",
     ]
     if restored is not None:
