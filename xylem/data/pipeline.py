@@ -56,6 +56,10 @@ class Prepared:
 
         return tfds.builder_from_directory(str(self.folder / _DATASET))
 
+    def parts(self) -> dict[str, Any]:
+        """What any prepared corpus is made of: another kind is made of it and of more."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Prepared)}
+
     def source(self, split: str) -> Any:
         """Random access to a split: ``len``, ``[i]`` and ``__getitems__`` of tokens and segments, int32 (T+1,).
 

@@ -138,12 +138,24 @@ class MaskedConfig(ObjectiveConfig):
 
 @dataclass(frozen=True)
 class SpanConfig(ObjectiveConfig):
-    """Spans taken out of a text, listed (T5 1910.10683, section 3.1.4; see ``data/spans.py``)."""
+    """Spans taken out of a text, listed (T5 1910.10683, section 3.1.4; see ``data/spans.py``), and tasks besides.
+
+    Attributes:
+        tasks: supervised tasks, text to text: by name a file of one ``{"input": ..., "target": ...}`` a line. The name
+            and a colon stand before each input (section 2.3).
+        mixing_limit: K: corpus and tasks are mixed in proportion to their examples, of which no more than K count
+            (section 3.5.2); a window is an example of the corpus.
+        target_length: tokens of a target at least, for tasks whose targets are longer than what is listed; what is
+            longer still is cut.
+    """
 
     name: Objective = "span_corruption"
     noise_density: float = 0.15
     mean_span: float = 3.0
     sentinels: int = 100
+    tasks: dict[str, str] = field(default_factory=dict)
+    mixing_limit: int = 2**16
+    target_length: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -152,6 +164,17 @@ class SpanConfig(ObjectiveConfig):
             raise ConfigError("objective.mean_span", self.mean_span, "it must be at least 1 token")
         if self.sentinels < 1:
             raise ConfigError("objective.sentinels", self.sentinels, "it must be at least 1")
+        if self.mixing_limit < 1:
+            raise ConfigError("objective.mixing_limit", self.mixing_limit, "it must be at least 1 example")
+        if self.target_length < 0:
+            raise ConfigError("objective.target_length", self.target_length, "it must not be negative")
+        if "" in self.tasks:
+            raise ConfigError("objective.tasks", "", "a task has a name")
+
+    def sizes(self, length: int) -> tuple[int, int]:
+        """Tokens of a source and of a target, of windows of ``length`` tokens."""
+        source, target = spans.sizes(length, self.noise_density, self.mean_span)
+        return source, max(target, self.target_length)
 
 
 @dataclass(frozen=True)
@@ -315,7 +338,7 @@ class RunConfig:
         """The longest row that the model sees of a window of ``data.sequence_length`` tokens of text."""
         objective, length = self.objective, self.data.sequence_length
         if isinstance(objective, SpanConfig):
-            return max(spans.sizes(length, objective.noise_density, objective.mean_span))
+            return max(objective.sizes(length))
         return length - length // 2 if objective.name == "continuation" else length
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from xylem.data import corruption, denoising, examples, masking
 from xylem.data.examples import MakeExample
+from xylem.data.mixture import mixed
 from xylem.data.paired import paired
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
@@ -42,6 +43,8 @@ def objective_data(config: RunConfig, data: Prepared) -> Prepared:
     if isinstance(config.objective, MaskedConfig) and config.objective.pairs != "none":
         own = {"kind": config.objective.pairs, "cls": special["cls"], "sep": special["sep"], "seed": config.seed}
         return paired(data, **own)
+    if isinstance(config.objective, SpanConfig) and config.objective.tasks:
+        return mixed(data, config.objective.tasks, config.objective.mixing_limit)
     return data
 
 
@@ -61,8 +64,11 @@ def maker(config: RunConfig, ids: Ids) -> MakeExample:
         return examples.next_token
     sides = {"start": model.decoder_start, "end": ids.end}
     if isinstance(objective, SpanConfig):
-        spans = {name: getattr(objective, name) for name in ("noise_density", "mean_span", "sentinels")}
-        return partial(examples.corrupted_spans, vocab_size=model.vocab_size, **sides, **spans)
+        names = ("noise_density", "mean_span", "sentinels", "target_length")
+        spans = {name: getattr(objective, name) for name in names}
+        window = partial(examples.corrupted_spans, vocab_size=model.vocab_size, **sides, **spans)
+        task = partial(examples.text_to_text, sizes=objective.sizes(length), **sides)
+        return partial(examples.mixed, window=window, task=task)
     if isinstance(objective, DenoisingConfig):
         noise = denoising.bart(ids.special["mask"], ids.stops, objective.rate, objective.mean_span)
         return partial(examples.denoised, noise=noise, **sides)
