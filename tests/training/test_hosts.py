@@ -104,6 +104,20 @@ def test_two_hosts_train_resume_and_validate_as_one(tmp_path, proof, rng_seed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(580)
+def test_two_hosts_read_a_growing_batch_as_one(tmp_path, rng_seed):
+    words = np.random.default_rng(rng_seed).integers(0, 26, (400, 5)) + ord("a")
+    (tmp_path / "text.txt").write_text(" ".join(bytes(word.tolist()).decode() for word in words))
+    ramp = ("--accumulate", "2", "--ramp.tokens", "100", "--evaluate-every", "0")
+    ended_well([start(tmp_path, "alone", 4, *ramp)])
+    ended_well(two_hosts(tmp_path, "hosts", 4, *ramp, "--mesh.fsdp", "2"))
+    alone, hosts = rows(tmp_path, "alone"), rows(tmp_path, "hosts")
+    assert [row["tokens"] for row in hosts] == [row["tokens"] for row in alone] == [64, 128, 256, 384]
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose([row[name] for row in hosts], [row[name] for row in alone], rtol=BAR)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(580)
 def test_signal_to_one_host_stops_both_at_the_same_step_and_saves(tmp_path):
     (tmp_path / "text.txt").write_text("Pack my box with five dozen liquor jugs. " * 200)
     processes = two_hosts(tmp_path, "run", 100_000, "--evaluate-every", "0", "--save-every", "0")
