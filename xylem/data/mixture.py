@@ -41,7 +41,7 @@ class Mixture(pipeline.Prepared):
     @property
     def rates(self) -> Float64[np.ndarray, " N"]:
         """The probability of each part, the corpus first (examples-proportional mixing, section 3.5.2)."""
-        return spans.mixing_rates(self._sizes, self.limit)
+        return spans.mixing_rates(self._sizes, float(self.limit))
 
     @property
     def _sizes(self) -> list[int]:
