@@ -53,7 +53,7 @@ def part_of(parts: mixture.Mixture, row: int) -> int:
 
 
 def test_parts_are_drawn_in_proportion_to_their_examples_up_to_the_limit(parts, rng_seed, proof):
-    windows, places = parts.counts["train"]["windows"], 20_000
+    windows, places = parts.counts["train"]["windows"], 6000
     assert windows > LIMIT
     capped = np.array([LIMIT, 7, LIMIT, 45])
     at = parts.order(rng_seed)
@@ -88,8 +88,8 @@ def test_each_part_is_read_in_fresh_permutations(parts, rng_seed):
 
 def test_a_place_is_known_without_those_before_it(parts, rng_seed):
     walked = parts.order(rng_seed)
-    found = [walked(place) for place in range(9000)]
-    for place in (8999, 0, 4095, 4096, 8192):
+    found = [walked(place) for place in range(4200)]
+    for place in (4199, 0, 4095, 4096):
         assert parts.order(rng_seed)(place) == found[place]
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,8 +49,9 @@ def test_a_mixed_run_goes_on_bit_for_bit_and_learns_its_task(run_of, mixing, cap
     data = objective_data(unbroken, pipeline.prepare(unbroken.data, lambda _: None))
     module = assemble(unbroken, make_mesh(data=1, devices=jax.devices()[:1])).module
     rows = [data.counts["train"]["windows"], data.counts["train"]["windows"] + 1]
-    batch = data.batch(data.source("train"), rows)
-    losses = [float(sums.loss / sums.weight) for sums in (causal_lm(module, mixing, p, batch) for p in (first, other))]
+    batch = jax.tree.map(jnp.asarray, data.batch(data.source("train"), rows))
+    sums = [causal_lm(module, mixing, params, batch) for params in (first, other)]
+    losses = [float(each.loss / each.weight) for each in sums]
     assert losses[0] < 0.7 * losses[1], losses
 
 

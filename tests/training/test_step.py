@@ -117,8 +117,6 @@ def test_a_batch_that_still_grows_has_the_gradient_of_its_own_rows(taken, rng_se
     jax.effects_barrier()
     assert len(calls) == taken, "nothing is computed behind them"
     assert apart(ours[1], expected[1]) <= 1e-6
-    if taken > 1:
-        assert same_bits(ours, gradient(CONFIGS["gpt"], taken)(state, rows)), "the sums are those of accumulation"
     counting = grown(batch | {"weights": np.where(np.arange(8)[:, None] % full < taken, batch["weights"], 1.0)})
     assert apart(counting[0], expected[0], FLOOR) > 1e-2
     name = f"batch ramp: gradient of {taken} of {full} micro-batches"
