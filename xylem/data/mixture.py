@@ -58,7 +58,7 @@ class Mixture(pipeline.Prepared):
 
         sizes = self._sizes
         starts = np.cumsum([0, *sizes[:-1]]).tolist()
-        rows = [grain.MapDataset.range(n).seed((seed + i) % 2**32).shuffle().repeat() for i, n in enumerate(sizes)]
+        rows: Any = [grain.MapDataset.range(n).seed((seed + i) % 2**32).shuffle().repeat() for i, n in enumerate(sizes)]
         turns = _turns(self.rates, seed)
 
         def at(place: int) -> tuple[int, int]:
@@ -83,7 +83,8 @@ def mixed(prepared: pipeline.Prepared, tasks: Mapping[str, str], limit: int) -> 
     read = {name: read_task(name, Path(file), prepared.tokenizer) for name, file in tasks.items()}
     contents = [[name, files.sha256(Path(file))] for name, file in tasks.items()]
     key = hashlib.sha256(json.dumps([prepared.key, contents, limit]).encode()).hexdigest()[:16]
-    return Mixture(**prepared.parts() | {"key": key}, tasks=read, limit=limit)
+    own: dict[str, Any] = prepared.parts() | {"key": key}
+    return Mixture(**own, tasks=read, limit=limit)
 
 
 def read_task(name: str, file: Path, tokenizer: Tokenizer) -> list[Record]:

@@ -76,7 +76,7 @@ class Prepared:
         import grain
 
         count = len(self.source("train"))
-        rows = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+        rows: Any = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
         return lambda place: (rows[place], place // count)
 
     def documents(self, split: str) -> list[Int32[np.ndarray, " _"]]:

@@ -89,7 +89,8 @@ def minimised(module: LanguageModel, objective: ObjectiveConfig, step: Any) -> t
     """What step ``step`` of a run minimises, and what its metrics tell of that."""
     if isinstance(objective, SampledConfig):
         epsilon = make_decay(objective)(step)
-        return partial(scheduled_sampling, module, objective, epsilon=epsilon), {"epsilon": epsilon}
+        loss: Any = partial(scheduled_sampling, module, objective, epsilon=epsilon)  # a step always has randomness
+        return loss, {"epsilon": epsilon}
     losses = {"truncated": next_window, "masked_lm": masked_lm}
     return partial(losses.get(objective.name, causal_lm), module, objective), {}
 
