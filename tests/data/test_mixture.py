@@ -71,7 +71,8 @@ def test_parts_are_drawn_in_proportion_to_their_examples_up_to_the_limit(parts, 
     proof(row, "min(examples, K) / sum (3.5.2), standard errors", error, BAR, rng_seed, "no limit")
 
 
-def test_each_part_is_read_in_fresh_permutations(parts, rng_seed):
+def test_each_part_is_read_in_fresh_permutations(parts, rng_seed, monkeypatch):
+    monkeypatch.setattr(mixture, "_BLOCK", 500)  # several blocks of draws
     at, read = parts.order(rng_seed), {0: [], 1: [], 2: [], 3: []}
     for place in range(3000):
         row, epoch = at(place)
