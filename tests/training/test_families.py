@@ -1,5 +1,6 @@
 """Each family trained by the one loop with its own objective; what is carried from batch to batch."""
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from families import FAMILIES, VOCAB
 
 from xylem import models
-from xylem.configs.pretrain import RUNS
+from xylem.configs.pretrain import RUNS, parse
 from xylem.data import pipeline
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
@@ -23,6 +24,7 @@ from xylem.training.config import (
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    RampConfig,
     RunConfig,
     SampledConfig,
     SpanConfig,
@@ -107,10 +109,30 @@ def test_shapes_are_known_before_there_is_a_text(run_of, family):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_preset_can_be_started_and_written_down(name):
-    import dataclasses
-
     config = RUNS[name]()
     assert from_dict(RunConfig, dataclasses.asdict(config)) == config
+
+
+def test_a_config_older_than_a_field_is_read_with_its_default():
+    older = dataclasses.asdict(RUNS["t5"]())
+    for name in ("tasks", "mixing_limit", "target_length"):
+        del older["objective"][name]
+    del older["ramp"]
+    assert from_dict(RunConfig, older) == RUNS["t5"]()
+
+
+def test_a_flag_chooses_among_the_objectives_of_a_model():
+    parsed = lambda *flags: parse(list(flags), "pretrain.py", "", around=lambda run: run)[1]  # noqa: E731
+    sampled = ("--objective.name", "scheduled_sampling", "--objective.decay", "exponential:0.9")
+    for preset in ("lstm", "gru", "mamba", "gpt2", "default"):
+        assert parsed(preset, *sampled).objective == SampledConfig(decay="exponential:0.9")
+    assert parsed("transformer", "--objective.name=denoising").objective == DenoisingConfig(label_smoothing=0.1)
+    assert parsed("lstm", "--objective.name", "causal_lm").objective == ObjectiveConfig()
+    mixed = parsed("t5", "--objective.tasks", "sst", "a.jsonl", "qa two", "b.jsonl", "--objective.mixing-limit", "9")
+    assert mixed.objective == SpanConfig(tasks={"sst": "a.jsonl", "qa two": "b.jsonl"}, mixing_limit=9)
+    assert parsed("--accumulate", "4", "--ramp.tokens", "99", "--ramp.start", "2").ramp == RampConfig(99, 2)
+    with pytest.raises(ConfigError, match="this model learns by masked_lm"):
+        parsed("bert", *sampled)
 
 
 @pytest.mark.parametrize(
