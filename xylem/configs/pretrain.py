@@ -207,4 +207,5 @@ def _with_objective(run: RunConfig, arguments: list[str]) -> RunConfig:
     if asked is None or type(run.objective) is settings_of(asked):
         return run
     shared = {name: getattr(run.objective, name) for name in ("label_smoothing", "z_loss")}
-    return replace(run, objective=settings_of(asked)(name=asked, **shared))
+    data = replace(run.data, sequence_length=min(run.data.sequence_length, run.model.max_length))  # any objective fits
+    return replace(run, data=data, objective=settings_of(asked)(name=asked, **shared))
