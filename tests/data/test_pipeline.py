@@ -11,6 +11,7 @@ from documents import LENGTH, documents_of, rows_of, silent
 
 from xylem.data import pipeline
 from xylem.data.config import DataConfig
+from xylem.data.ramp import BatchRamp
 from xylem.errors import ConfigError
 
 
@@ -127,6 +128,8 @@ def test_a_state_of_another_order_is_refused(change, prepared):
     iterator = pipeline.TrainIterator(prepared, 6, seed=1)
     with pytest.raises(ConfigError, match="its order is another"):
         iterator.set_state(state)
+    with pytest.raises(ConfigError, match="ramp: None is not possible"):
+        iterator.set_state(pipeline.TrainIterator(prepared, 6, seed=1, ramp=BatchRamp(1, 2, 39, 100)).get_state())
     with pytest.raises(ConfigError, match="step"):
         iterator.set_state(iterator.get_state() | {"step": -1})
 

@@ -292,8 +292,10 @@ def test_recurrent_low_rank_leaves_equal_their_matrices(case, proof, rng_seed):
     proof(row, "the same matrices, multiplied out", error, 1e-5, rng_seed, "the low-rank part left out")
 
 
-def test_recurrent_mesh_of_eight_gives_the_loss_of_one_device(proof, rng_seed):
-    module = RecurrentLM(small("lstm", d_model=16, vocab_size=32, num_layers=2))
+@pytest.mark.parametrize("kernels", ["fused", "plain"])
+def test_recurrent_mesh_of_eight_gives_the_loss_of_one_device(kernels, proof, rng_seed):
+    compute = Compute(layers="scan", kernels=kernels)
+    module = RecurrentLM(small("lstm", d_model=16, vocab_size=32, num_layers=2, compute=compute))
     rng = np.random.default_rng(rng_seed)
     tokens = rng.integers(0, 32, (8, 7)).astype(np.int32)
     params = init(module, jax.random.key(rng_seed), tokens)
@@ -316,5 +318,5 @@ def test_recurrent_mesh_of_eight_gives_the_loss_of_one_device(proof, rng_seed):
     alone = jax.jit(loss)(params, batch)
     short = jax.jit(loss)(params, {**batch, "weights": batch["weights"].at[-1].set(0.0)})
     assert apart(short, alone) > 1e-5
-    row = "lstm on data 2 x fsdp 2 x tensor 2: loss and gradients"
+    row = f"lstm ({kernels}) on data 2 x fsdp 2 x tensor 2: loss and gradients"
     proof(row, "one device", apart(spread, alone), 1e-5, rng_seed, "the rows of one device left out")

@@ -1,5 +1,6 @@
 """Each family trained by the one loop with its own objective; what is carried from batch to batch."""
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from documents import documents_of, write_jsonl
+from families import FAMILIES, VOCAB
 
 from xylem import models
-from xylem.configs.pretrain import RUNS
+from xylem.configs.pretrain import RUNS, parse
 from xylem.data import pipeline
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
-from xylem.models import bart, bert, mamba, rnn, t5, vanilla
-from xylem.models.settings import Compute, from_dict
+from xylem.models.settings import from_dict
 from xylem.sharding import make_mesh
 from xylem.training.checkpoint import load_params
 from xylem.training.config import (
@@ -24,52 +24,17 @@ from xylem.training.config import (
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    RampConfig,
     RunConfig,
+    SampledConfig,
     SpanConfig,
     check_tokenizer,
+    writes,
 )
 from xylem.training.inputs import example_shapes, objective_data
 from xylem.training.loop import pretrain
 from xylem.training.program import assemble
 from xylem.training.restore import open_model
-
-VOCAB, LENGTH = 280, 16  # 257 tokens of bytes, and what objectives add
-FAMILIES = {
-    "bert": (bert.bert(2, 12, 3, VOCAB, 32), MaskedConfig(pairs="next_sentence")),
-    "roberta": (bert.roberta(2, 12, 3, VOCAB, 32), MaskedConfig()),
-    "albert": (bert.albert(2, 12, 3, VOCAB, 8), MaskedConfig(max_ngram=3, pairs="sentence_order")),
-    "transformer": (vanilla.vanilla(2, 12, 3, VOCAB, 32), ObjectiveConfig("continuation", label_smoothing=0.1)),
-    "bart": (bart.bart(2, 12, 3, VOCAB, 32), DenoisingConfig()),
-    "t5": (t5.t5(2, 12, 3, 4, 20, "1.1", VOCAB, 32), SpanConfig(sentinels=9)),
-    "mamba": (mamba.mamba(2, 12, VOCAB, 32, state_size=5), ObjectiveConfig()),
-    "rnn": (rnn.rnn(2, 12, VOCAB, 32), ObjectiveConfig("truncated")),
-    "lstm": (rnn.lstm(2, 12, VOCAB, 32), ObjectiveConfig("truncated")),
-    "gru": (rnn.gru(2, 12, VOCAB, 32), ObjectiveConfig()),
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("families")
-    write_jsonl(made / "a.jsonl", documents_of(7))
-    return made
-
-
-@pytest.fixture(scope="module")
-def run_of(folder):
-    """family -> a run of a few steps; all share the cache of data and programs."""
-
-    def run_of(family: str, name: str = "run", **changes) -> RunConfig:
-        model, objective = FAMILIES[family]
-        data = DataConfig(str(folder / "a.jsonl"), tokenizer="bytes", sequence_length=LENGTH, cache_dir=str(folder))
-        rate = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=0, weight_decay=0.0)
-        often = {"steps": 6, "batch_size": 8, "evaluate_every": 3, "save_every": 3, "sample_every": 0, "log_every": 1}
-        where = {"mesh": MeshConfig(data=1), "run_dir": str(folder / name / family), "sample_prompt": "a"}
-        what = {"data": data, "objective": objective, "optimizer": rate}
-        model = model.with_compute(Compute(layers="scan", kernels="plain"))
-        return RunConfig(model=model, **what | often | where | changes)
-
-    return run_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,16 +44,16 @@ def test_a_family_is_trained_by_its_objective(run_of, family):
     files = {path.name for path in Path(config.run_dir).iterdir()}
     assert {"summary.json", "loss.png", "metrics.jsonl", "checkpoints", "tokenizer"} <= files
     assert summary["step"] == 6 and summary["validation_loss"] < np.log(VOCAB)
-    decodes = config.objective.name in ("causal_lm", "truncated")
+    decodes = writes(config)
     assert ("sample" in summary) == decodes == ("validation_bits_per_byte" in summary)
     if not decodes:
         with pytest.raises(ConfigError, match="a decoder is wanted"):
             open_model(config.run_dir)
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "lstm"])
+@pytest.mark.parametrize("family", ["bert", "t5", "lstm", "llama"])
 def test_a_run_goes_on_bit_for_bit(run_of, family):
-    """Masks, pairs, and the state that a recurrent model carries: all come back."""
+    """Masks, pairs, the state that a recurrent model carries, what a model draws for itself: all come back."""
     unbroken = run_of(family)
     pretrain(unbroken)
     pretrain(run_of(family, "halves", steps=3))
@@ -144,10 +109,30 @@ def test_shapes_are_known_before_there_is_a_text(run_of, family):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_preset_can_be_started_and_written_down(name):
-    import dataclasses
-
     config = RUNS[name]()
     assert from_dict(RunConfig, dataclasses.asdict(config)) == config
+
+
+def test_a_config_older_than_a_field_is_read_with_its_default():
+    older = dataclasses.asdict(RUNS["t5"]())
+    for name in ("tasks", "mixing_limit", "target_length"):
+        del older["objective"][name]
+    del older["ramp"]
+    assert from_dict(RunConfig, older) == RUNS["t5"]()
+
+
+def test_a_flag_chooses_among_the_objectives_of_a_model():
+    parsed = lambda *flags: parse(list(flags), "pretrain.py", "", around=lambda run: run)[1]  # noqa: E731
+    sampled = ("--objective.name", "scheduled_sampling", "--objective.decay", "exponential:0.9")
+    for preset in ("lstm", "gru", "mamba", "gpt2", "default"):
+        assert parsed(preset, *sampled).objective == SampledConfig(decay="exponential:0.9")
+    assert parsed("transformer", "--objective.name=denoising").objective == DenoisingConfig(label_smoothing=0.1)
+    assert parsed("lstm", "--objective.name", "causal_lm").objective == ObjectiveConfig()
+    mixed = parsed("t5", "--objective.tasks", "sst", "a.jsonl", "qa two", "b.jsonl", "--objective.mixing-limit", "9")
+    assert mixed.objective == SpanConfig(tasks={"sst": "a.jsonl", "qa two": "b.jsonl"}, mixing_limit=9)
+    assert parsed("--accumulate", "4", "--ramp.tokens", "99", "--ramp.start", "2").ramp == RampConfig(99, 2)
+    with pytest.raises(ConfigError, match="this model learns by masked_lm"):
+        parsed("bert", *sampled)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +149,8 @@ def test_every_preset_can_be_started_and_written_down(name):
         (lambda run_of: DenoisingConfig(rate=-1.0), "objective.rate: -1"),
         (lambda run_of: run_of("t5", objective=SpanConfig(noise_density=0.5, sentinels=2)), "at least 3"),
         (lambda run_of: replace(MaskedConfig(), name="causal_lm"), "ObjectiveConfig"),
+        (lambda run_of: run_of("bert", objective=SampledConfig()), "this model learns by masked_lm"),
+        (lambda run_of: run_of("t5", objective=SampledConfig()), "denoising or span_corruption or continuation"),
         (lambda run_of: run_of("bart", data=DataConfig(sequence_length=33)), "max_length is 32"),
     ],
 )

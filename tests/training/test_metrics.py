@@ -221,3 +221,15 @@ def test_metrics_log_where_nothing_can_be_written_is_a_failure(tmp_path):
     with pytest.raises(Failure, match="could not be written") as error, metrics.metrics_log(path):
         pass
     assert error.value.code == 1
+
+
+def test_metrics_of_a_growing_batch_count_what_each_step_read(monkeypatch):
+    now = iter([0.0, 2.0, 4.0, 5.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    meter = metrics.Meter([0, 100, 300, 700, 1100].__getitem__, 1e3, 1e6, 4)
+    rows = [meter.row(step, {"loss": 1.0}) for step in (1, 2, 3)]
+    assert [row["tokens"] for row in rows] == [100, 300, 700]
+    assert rows[0]["tokens_per_second"] == pytest.approx(50) and rows[0]["eta_seconds"] == pytest.approx(1000 / 50)
+    assert 50 < rows[1]["tokens_per_second"] < 100 < rows[2]["tokens_per_second"] < 400
+    assert rows[2]["eta_seconds"] == pytest.approx(400 / rows[2]["tokens_per_second"])
+    assert rows[0]["mfu"] == pytest.approx(50 * 1e3 / 1e6)

@@ -1,8 +1,10 @@
 """Scheduled sampling: its schedules, teacher forcing at one end, the model's own writing at the other."""
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +12,23 @@ import numpy as np
 import pytest
 from draws import BAR, standard_errors
 
+from xylem.data import pipeline
 from xylem.errors import ConfigError
 from xylem.models import build
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
+from xylem.models.mamba import mamba
 from xylem.models.rnn import gru, lstm
 from xylem.models.settings import Compute
-from xylem.training import scheduled_sampling as subject
-from xylem.training.config import ObjectiveConfig
+from xylem.sharding import batch_sharding, make_mesh
+from xylem.training.checkpoint import load_params
+from xylem.training.config import ObjectiveConfig, SampledConfig
+from xylem.training.inputs import objective_data, train_flops_per_token
+from xylem.training.loop import pretrain
 from xylem.training.objectives import causal_lm
-from xylem.training.scheduled_sampling import mixed_inputs, scheduled_sampling
+from xylem.training.program import assemble
+from xylem.training.scheduled_sampling import make_decay, mixed_inputs, scheduled_sampling
+from xylem.training.state import make_state
 
 B, T, V = 3, 13, 11
 PLAIN = Compute(layers="scan", kernels="plain")
@@ -28,6 +37,7 @@ CONFIGS = {
     "llama": replace(llama(2, 16, 4, 2, 21, V, T, rope_theta=77.0, norm_eps=1e-4), compute=PLAIN),
     "lstm": replace(lstm(2, 10, V, T), compute=PLAIN),
     "gru": replace(gru(1, 10, V, T), compute=PLAIN),
+    "mamba": replace(mamba(2, 10, V, T, state_size=3), compute=PLAIN),
 }
 SEGMENTS = jnp.array([[1] * T, [1] * 5 + [2] * 6 + [0] * 2, [1] * 4 + [0] * (T - 4)])
 
@@ -50,30 +60,36 @@ def formula(name: str, step: int) -> float:
     return 0.97**step if name == "exponential" else 12.0 / (12.0 + math.exp(step / 12.0))
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"), [("linear", (0.9, 0.013, 0.25)), ("exponential", (0.97,)), ("inverse_sigmoid", (12.0,))]
-)
-def test_epsilon_equals_the_formulas_of_the_paper(name, settings):
-    schedule = jax.jit(getattr(subject, name)(*settings))
+@pytest.mark.parametrize("decay", ["linear:0.9,0.013,0.25", "exponential:0.97", "inverse_sigmoid:12"])
+def test_epsilon_equals_the_formulas_of_the_paper(decay):
+    schedule = jax.jit(make_decay(SampledConfig(decay=decay)))
     found = [float(schedule(step)) for step in range(120)]
-    np.testing.assert_allclose(found, [formula(name, step) for step in range(120)], rtol=2e-5)
+    expected = [formula(decay.split(":")[0], step) for step in range(120)]
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
     assert all(np.diff(found) <= 0) and 0 <= found[-1] < found[0] <= 1
     assert 0.0 <= float(schedule(10**7)) <= 0.25, "no overflow long after the fall"
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("decay", "allowed"),
     [
-        (lambda: subject.linear(0.9, 0.1, 1.0), "least: 1.0"),
-        (lambda: subject.linear(0.2, 0.1, 0.3), "start: 0.2"),
-        (lambda: subject.linear(0.9, -0.1, 0.3), "slope: -0.1"),
-        (lambda: subject.exponential(1.0), "base: 1.0"),
-        (lambda: subject.inverse_sigmoid(0.5), "k: 0.5"),
+        ("linear:0.9,0.1,1.0", "0 <= LEAST <= START <= 1"),
+        ("linear:1.1,0.1,0.3", "0 <= LEAST <= START <= 1"),
+        ("linear:0.9,-0.1,0.3", "0 <= SLOPE"),
+        ("linear:0.9,nan,0.3", "0 <= SLOPE"),
+        ("exponential:1.0", "BASE lies between 0 and 1"),
+        ("inverse_sigmoid:0.5", "K is at least 1"),
+        ("inverse_sigmoid:inf", "K is at least 1"),
+        ("linear:0.9,0.1", "linear:START,SLOPE,LEAST or exponential:BASE or inverse_sigmoid:K, in numbers"),
+        ("cosine:3", "it must be linear:"),
+        ("exponential", "exponential:BASE"),
+        ("exponential:high", "in numbers"),
     ],
 )
-def test_schedules_that_cannot_be_are_named(call, message):
-    with pytest.raises(ConfigError, match=message):
-        call()
+def test_decays_that_cannot_be_are_named(decay, allowed):
+    with pytest.raises(ConfigError) as caught:
+        SampledConfig(decay=decay)
+    assert str(caught.value).startswith(f"objective.decay: '{decay}'") and allowed in str(caught.value)
 
 
 def test_at_probability_one_it_is_teacher_forcing_to_the_bit(case):
@@ -148,3 +164,63 @@ def test_the_gradient_is_that_of_the_words_shown(case):
     found, expected = jax.jit(jax.grad(sampled))(params), jax.jit(jax.grad(shown))(params, tokens)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.abs(other).max()))
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def learned(config) -> bytes:
+    """Every bit that the last checkpoint of a run has learned."""
+    params, _ = load_params(config.run_dir, entries=("trainable",))
+    return b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))
+
+
+def test_a_run_at_probability_one_is_the_run_of_causal_lm_to_the_bit(run_of):
+    starts = {"forced": None, "one": 1.0, "less": 0.8}
+    sampled = {name: SampledConfig(decay=f"linear:{start},0,0") for name, start in starts.items() if start}
+    objectives = {"forced": ObjectiveConfig()} | sampled
+    configs = [run_of("gru", name, objective=objective, steps=2) for name, objective in objectives.items()]
+    losses = [pretrain(config)["validation_loss"] for config in configs]
+    forced, one, less = map(learned, configs)
+    assert forced == one != less
+    assert losses[0] == losses[1] != losses[2], "validation is teacher forcing"
+    for config, start in zip(configs, starts.values(), strict=True):
+        lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line).get("epsilon") for line in lines] == [pytest.approx(start)] * 2
+    assert train_flops_per_token(configs[1]) == pytest.approx(4 / 3 * train_flops_per_token(configs[0]))
+
+
+def test_each_step_of_a_run_has_the_epsilon_of_its_number(run_of, rng_seed, proof):
+    """Against the loss of each step's batch, state and randomness, at the formula's epsilon; one step late is seen."""
+    config = run_of("llama", seed=rng_seed)
+    data = objective_data(config, pipeline.prepare(config.data, lambda _: None))
+    program = assemble(config, make_mesh(data=1, devices=jax.devices()[:1]))
+    loss = jax.jit(partial(scheduled_sampling, program.module, config.objective))
+    state, batches, errors, late = program.create(), pipeline.TrainIterator(data, 8, rng_seed), [], []
+    for step in range(8):
+        batch, rng = next(batches), jax.random.fold_in(jax.random.key(rng_seed), step)
+        before = jax.tree.map(jnp.copy, state.params)
+        state, metrics = program.step(state, batch)
+        assert float(metrics["epsilon"]) == pytest.approx(max(0.2, 0.9 - 0.11 * step))
+        for number, found in ((step, errors), (step + 1, late)):
+            sums = loss(before, batch, rng, max(0.2, 0.9 - 0.11 * number))
+            found.append(abs(float(sums.loss / sums.weight) / float(metrics["loss"]) - 1))
+    assert max(late) > 1e-4
+    row = "scheduled sampling: the loss of each step of a run"
+    proof(row, "the formula's epsilon, from outside the run", max(errors), 1e-5, rng_seed, "epsilon one step late")
+
+
+@pytest.mark.parametrize("family", ["llama", "gru"])
+def test_eight_devices_draw_what_one_draws(family, run_of, rng_seed):
+    config = run_of(family, objective=SampledConfig(decay="linear:0.5,0,0"), seed=rng_seed)
+    data = objective_data(config, pipeline.prepare(config.data, lambda _: None))
+    batch, found = next(pipeline.TrainIterator(data, 8, rng_seed)), []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+        program = assemble(config, mesh)
+        with jax.set_mesh(mesh):
+            state = make_state(program.create, program.abstract)
+            placed = {name: jax.device_put(x, batch_sharding(mesh)) for name, x in batch.items()}
+            _, metrics = program.step(state, placed)
+        found.append([float(metrics[name]) for name in ("loss", "nll", "gradient_norm")])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)

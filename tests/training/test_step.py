@@ -97,6 +97,32 @@ def test_accumulation_equals_the_whole_batch(family, count, batch, rng_seed, pro
     proof(row, "the undivided batch", error, BAR, rng_seed, "mean of the micro-batches' means")
 
 
+@pytest.mark.parametrize("taken", [1, 3])
+def test_a_batch_that_still_grows_has_the_gradient_of_its_own_rows(taken, rng_seed, proof):
+    """The first ``taken`` of 4 micro-batches of 2 rows, against the plain step of 2 x taken rows."""
+    rng, full = np.random.default_rng(rng_seed), 4
+    rows = {name: x[: 2 * taken] for name, x in random_batch(rng).items()}
+    calls, loss, state = [], programs(CONFIGS["gpt"])[0], programs(CONFIGS["gpt"])[1]()
+
+    def counted(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return loss(*args)
+
+    grown = jax.jit(lambda batch: gradients(counted, state, batch, full, jax.random.key(0)))
+    padded = {name: np.zeros((2, full, *x.shape[1:]), x.dtype) for name, x in rows.items()}
+    for name, x in rows.items():
+        padded[name][:, :taken] = x.reshape(2, taken, *x.shape[1:])
+    batch = {name: x.reshape(2 * full, *x.shape[2:]) for name, x in padded.items()}
+    ours, expected = grown(batch), gradient(CONFIGS["gpt"], 1)(state, rows)
+    jax.effects_barrier()
+    assert len(calls) == taken, "nothing is computed behind them"
+    assert apart(ours[1], expected[1]) <= 1e-6
+    counting = grown(batch | {"weights": np.where(np.arange(8)[:, None] % full < taken, batch["weights"], 1.0)})
+    assert apart(counting[0], expected[0], FLOOR) > 1e-2
+    name = f"batch ramp: gradient of {taken} of {full} micro-batches"
+    proof(name, "the plain step of that batch", apart(ours[0], expected[0], FLOOR), BAR, rng_seed, "padding counted")
+
+
 def test_dropout_is_the_same_under_remat_and_under_sharding(batch):
     config = replace(CONFIGS["gpt"], dropout=0.3)
     create = programs(CONFIGS["gpt"])[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from xylem.training.config import (
     RunConfig,
     SpanConfig,
     objectives_of,
+    settings_of,
 )
 from xylem.training.counting_config import CountingConfig
 
@@ -196,7 +198,8 @@ def parse(
     name = named[0] if named else "default"
     if name not in runs:
         raise ConfigError("PRESET", name, f"it must be one of {', '.join(runs)}", runs)
-    default = around(runs[name]())
+    run = runs[name]()
+    default = around(_with_objective(run, arguments) if isinstance(run, RunConfig) else run)
     parsed = tyro.cli(
         type(default),
         prog=f"{prog} [PRESET]",
@@ -206,3 +209,15 @@ def parse(
         config=(tyro.conf.AvoidSubcommands,),
     )
     return name, parsed
+
+
+def _with_objective(run: RunConfig, arguments: list[str]) -> RunConfig:
+    """The run with the class of settings that ``--objective.name`` asks for: flags fill a class in and choose none."""
+    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flag.add_argument("--objective.name", dest="asked", nargs="?")
+    asked = flag.parse_known_args(arguments)[0].asked
+    if asked is None or type(run.objective) is settings_of(asked):
+        return run
+    shared = {name: getattr(run.objective, name) for name in ("label_smoothing", "z_loss")}
+    data = replace(run.data, sequence_length=min(run.data.sequence_length, run.model.max_length))  # any objective fits
+    return replace(run, data=data, objective=settings_of(asked)(name=asked, **shared))

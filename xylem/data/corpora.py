@@ -136,40 +136,58 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
     Raises:
         ConfigError: not UTF-8, not JSON, or a line without that text; the message names file and line.
     """
-    try:
-        if path.suffix == ".txt":
+    if path.suffix == ".txt":
+        with _readable(path, "data.corpus"):
             whole = path.read_bytes().decode("utf-8")  # decoded here: text mode would change line ends
-            yield from [whole] if whole else []
-            return
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip() and (text := _jsonl_text(path, number, line, text_field)):
-                    yield text
-    except UnicodeDecodeError as error:
-        allowed = f"a UTF-8 file; byte {error.start} is not ({error.reason})"
-        raise ConfigError("data.corpus", str(path), allowed) from error
-    except OSError as error:
-        raise ConfigError("data.corpus", str(path), f"a file that can be read ({error.strerror})") from error
+        yield from [whole] if whole else []
+        return
+    for where, record in json_lines(path, "data.corpus"):
+        text = record.get(text_field)
+        if not isinstance(text, str):
+            allowed = f"{where} has no text under that key, but {sorted(record)}"
+            raise ConfigError("data.text_field", text_field, allowed, list(record))
+        if text:
+            yield checked_unicode(text, where, "data.corpus")
 
 
-def _jsonl_text(path: Path, number: int, line: bytes, text_field: str) -> str:
-    where = f"{path}, line {number}"
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError("data.corpus", where, f"each line of a .jsonl file is a JSON object ({error})") from error
-    if not isinstance(record, dict):
-        raise ConfigError("data.corpus", where, "each line of a .jsonl file is a JSON object")
-    text = record.get(text_field)
-    if not isinstance(text, str):
-        raise ConfigError(
-            "data.text_field", text_field, f"{where} has no text under that key, but {sorted(record)}", list(record)
-        )
+def json_lines(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each line of a .jsonl file stands, as ``a.jsonl, line 3``, and its object. Blank lines are left out.
+
+    Raises:
+        ConfigError: of ``field``: the file cannot be read, or a line is no JSON object; the message names both.
+    """
+    with _readable(path, field), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(field, where, f"each line of a .jsonl file is a JSON object ({error})") from error
+            if not isinstance(record, dict):
+                raise ConfigError(field, where, "each line of a .jsonl file is a JSON object")
+            yield where, record
+
+
+def checked_unicode(text: str, where: str, field: str) -> str:
+    """The text, unless it has half of a surrogate pair, which JSON can spell and which is no character."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
-        raise ConfigError("data.corpus", where, f"its text is not Unicode ({error.reason})") from error
+    except UnicodeEncodeError as error:
+        raise ConfigError(field, where, f"its text is not Unicode ({error.reason})") from error
     return text
+
+
+@contextlib.contextmanager
+def _readable(path: Path, field: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        allowed = f"a UTF-8 file; byte {error.start} is not ({error.reason})"
+        raise ConfigError(field, str(path), allowed) from error
+    except OSError as error:
+        raise ConfigError(field, str(path), f"a file that can be read ({error.strerror})") from error
 
 
 def _file_documents(paths: list[Path], text_field: str) -> Documents:

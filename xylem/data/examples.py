@@ -2,7 +2,8 @@
 
 Each function is ``(record, rng, settings) -> Example`` and gives arrays of one size whatever the record holds, so that
 examples stack to batches. A record has ``tokens`` and ``segments`` (T+1,) of a packed window (``pipeline.Prepared``);
-those of pairs (``pairs.records``) also ``token_types`` (T,) and ``pair_labels``.
+those of pairs (``pairs.records``) also ``token_types`` (T,) and ``pair_labels``; those of tasks (``mixture.Mixture``)
+are ``tokens`` and ``targets``, of any lengths.
 
 An example has ``tokens``, ``segments`` (S,), ``labels`` and ``weights``; besides, where an objective has them,
 ``token_types``, ``decoder_tokens``, ``pair_labels``, and ``places``: the positions that are predicted, where they are
@@ -72,11 +73,30 @@ def corrupted_spans(
     noise_density: float,
     mean_span: float,
     sentinels: int,
+    target_length: int = 0,
 ) -> Example:
-    """Spans are missing from the source, and listed by the target (T5; see ``spans.span_corruption``)."""
+    """Spans are missing from the source, and listed by the target (T5; see ``spans.span_corruption``).
+
+    The target is padded to ``target_length`` where that is more than it needs.
+    """
     settings = (noise_density, mean_span)
     inputs, targets = spans.span_corruption(_text(record), rng, vocab_size, end, *settings, sentinels)
-    return _pair(inputs, targets, start, *spans.sizes(len(record["tokens"]) - 1, *settings))
+    inputs_size, targets_size = spans.sizes(len(record["tokens"]) - 1, *settings)
+    return _pair(inputs, targets, start, inputs_size, max(targets_size, target_length))
+
+
+def text_to_text(record: Record, rng: np.random.Generator, *, end: int, start: int, sizes: tuple[int, int]) -> Example:
+    """The target of a task's example is written after reading its input (T5, 1910.10683, section 2.3). Both end with
+    ``end``; what is longer than its size loses the tokens before that."""
+    inputs, targets = (
+        np.append(record[name][: size - 1], end) for name, size in zip(("tokens", "targets"), sizes, strict=True)
+    )
+    return _pair(inputs, targets, start, *sizes)
+
+
+def mixed(record: Record, rng: np.random.Generator, *, window: MakeExample, task: MakeExample) -> Example:
+    """What ``window`` makes of a window of text, or ``task`` of a task's example."""
+    return task(record, rng) if "targets" in record else window(record, rng)
 
 
 def denoised(record: Record, rng: np.random.Generator, *, noise: Noise, end: int, start: int) -> Example:

@@ -1,7 +1,7 @@
 """A prepared corpus read as pairs of segments, for BERT's and ALBERT's second objective."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ class PreparedPairs(pipeline.Prepared):
         return self._sources[split]
 
     def _pairs(self, split: str) -> list[pairs.Pair]:
-        packed = pipeline.Prepared(**_fields(self))
+        packed = pipeline.Prepared(**self.parts())
         texts = [self.tokenizer.decode(ids) for ids in packed.documents(split)]
         cut = [[one for one in pairs.sentences(text) if one.strip()] for text in texts]
         ids = iter(self.tokenizer.encode_batch([one for text in cut for one in text]))
@@ -62,12 +62,7 @@ class PreparedPairs(pipeline.Prepared):
 
 def paired(prepared: pipeline.Prepared, **own: Any) -> PreparedPairs:
     """The pairs of a prepared corpus; ``own`` are the attributes of ``PreparedPairs``."""
-    return PreparedPairs(**_fields(prepared), **own)
-
-
-def _fields(prepared: pipeline.Prepared) -> dict[str, Any]:
-    """What any prepared corpus is made of."""
-    return {field.name: getattr(prepared, field.name) for field in fields(pipeline.Prepared)}
+    return PreparedPairs(**prepared.parts(), **own)
 
 
 class _Records(list[dict[str, Any]]):

@@ -1,8 +1,10 @@
 """From a ``DataConfig`` to batches: ``prepare`` once, then ``TrainIterator`` and ``eval_batches``."""
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ from xylem import files
 from xylem.data import corpora, corruption, examples, progress, tokenizers
 from xylem.data.config import TOKENIZER_FORMS, TOKENIZER_NAMES, DataConfig, bpe_size, cache_root
 from xylem.data.examples import MakeExample
+from xylem.data.ramp import BatchRamp
 from xylem.errors import ConfigError
 
 Batch = dict[str, Int32[np.ndarray, "B ..."] | Float32[np.ndarray, "B ..."]]
@@ -53,6 +56,10 @@ class Prepared:
 
         return tfds.builder_from_directory(str(self.folder / _DATASET))
 
+    def parts(self) -> dict[str, Any]:
+        """What any prepared corpus is made of: another kind is made of it and of more."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Prepared)}
+
     def source(self, split: str) -> Any:
         """Random access to a split: ``len``, ``[i]`` and ``__getitems__`` of tokens and segments, int32 (T+1,).
 
@@ -62,6 +69,15 @@ class Prepared:
         if split not in self.counts:
             raise ConfigError("split", split, f"allowed: {', '.join(self.counts)}", self.counts)
         return self._builder.as_data_source(split=split)
+
+    def order(self, seed: int) -> Callable[[int], tuple[int, int]]:
+        """Which record of the train split stands at a place in the order of training, and how often it stood before: a
+        fresh permutation each epoch, end to end."""
+        import grain
+
+        count = len(self.source("train"))
+        rows: Any = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+        return lambda place: (rows[place], place // count)
 
     def documents(self, split: str) -> list[Int32[np.ndarray, " _"]]:
         """The ids of each document of a split, without end-of-text: the stream that was packed, all of it in memory.
@@ -215,9 +231,12 @@ def _key(*parts: Any) -> str:
 class TrainIterator:
     """An endless, shuffled, resumable stream of training batches; ``next(iterator)`` gives one.
 
-    The order is that of a fresh permutation each epoch, end to end; batch ``step`` holds places
-    ``step * batch_size .. (step + 1) * batch_size - 1`` of it, whatever the number of hosts: host h of H has every H-th
-    of these, from place h. Batches are read ahead by one thread.
+    The order is ``Prepared.order``; batch ``step`` holds places ``step * batch_size .. (step + 1) * batch_size - 1`` of
+    it, whatever the number of hosts: host h of H has every H-th of these, from place h. Batches are read ahead by one
+    thread.
+
+    With a ``ramp`` the same order is cut into steps that grow. Every batch has as many rows as the full one: its step's
+    own, where ``training.step.micro_batches`` finds them in its first micro-batches, and zeros.
 
     In ``consecutive`` order each row of a batch goes on where the same row of the batch before it ended: the text is
     cut into ``batch_size`` parts, which are read side by side, from a place that the seed decides.
@@ -231,6 +250,7 @@ class TrainIterator:
         start_step: int = 0,
         *,
         order: Literal["shuffled", "consecutive"] = "shuffled",
+        ramp: BatchRamp | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -241,34 +261,37 @@ class TrainIterator:
             batch_size: rows of the global batch; each host gets ``batch_size / process_count`` of them.
             seed: the order of the rows, 0 to 2**32 - 1.
             start_step: the global step of the first batch.
-            order: see above.
+            order, ramp: see above; None is no ramp.
             process_index, process_count: which host of how many.
 
         Raises:
-            ConfigError: a batch size that the hosts do not divide, or a seed out of range.
+            ConfigError: a batch size (of a ramp: a micro-batch) that the hosts do not divide, or a seed out of range.
         """
         import grain
 
-        source = prepared.source("train")
-        count = len(source)
-        local = _local_rows(batch_size, process_index, process_count)
+        source, ramp = prepared.source("train"), ramp or BatchRamp(1, 1, 1, 0)
+        count, micro = len(source), batch_size // ramp.full
+        _local_rows(micro, process_index, process_count)
         if not 0 <= seed < 2**32:
             raise ConfigError("seed", seed, "a whole number from 0 to 4294967295")
-        self._identity = {"dataset": prepared.key, "seed": seed, "batch_size": batch_size}
-        # Row numbers are shuffled, not rows: a batch is then one bulk read.
+        growth = dataclasses.asdict(ramp) if ramp.ramp_tokens else None
+        self._identity = {"dataset": prepared.key, "seed": seed, "batch_size": batch_size, "ramp": growth}
         part, first = max(1, count // batch_size), corruption.generator(seed, 0, 0).integers(count)
 
-        def consecutive(place: int) -> int:
+        def consecutive(place: int) -> tuple[int, int]:
             step, row = divmod(place, batch_size)
-            return int(first + row * part + step) % count
+            return int(first + row * part + step) % count, place // count
 
-        rows = grain.MapDataset.range(count).seed(seed)
-        rows = rows.shuffle().repeat() if order == "shuffled" else rows.repeat()
-        row_of = (lambda place, row: row) if order == "shuffled" else (lambda place, row: consecutive(place))
-        rows = rows.map_with_index(lambda place, row: (row_of(place, row), place // count))
-        rows = rows[process_index::process_count]
-        batches = rows.batch(local, drop_remainder=True)
-        batches = batches.map(lambda read: prepared.batch(source, *(part.tolist() for part in read), seed=seed))
+        at = prepared.order(seed) if order == "shuffled" else consecutive
+
+        def read(step: int) -> Batch:
+            start, taken = ramp.micro_batches_before(step) * micro, ramp.micro_batches(step)
+            places = range(start + process_index, start + taken * micro, process_count)
+            rows, epochs = zip(*map(at, places), strict=True)  # numbers first: a batch is then one bulk read
+            batch = prepared.batch(source, rows, epochs, seed=seed)
+            return {name: _among(x, taken, ramp.full) for name, x in batch.items()}
+
+        batches = grain.MapDataset.range(sys.maxsize).map(read)
         # One thread: it feeds millions of tokens a second, and leaves the cores to XLA.
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
         self.set_state(self._identity | {"step": start_step})
@@ -287,7 +310,7 @@ class TrainIterator:
         """Go to a place in the stream; no batch before it is read.
 
         Raises:
-            ConfigError: the state belongs to another dataset, seed or batch size, whose stream is another.
+            ConfigError: the state belongs to another dataset, seed, batch size or ramp, whose stream is another.
         """
         for field, own in self._identity.items():
             if state.get(field) != own:
@@ -320,3 +343,9 @@ def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise ConfigError("batch_size", batch_size, f"a positive multiple of the {process_count} hosts")
     return batch_size // process_count
+
+
+def _among(rows: np.ndarray, taken: int, full: int) -> np.ndarray:
+    """Rows of ``taken`` micro-batches as the first of ``full`` each, zeros behind them (row r is in r % taken)."""
+    cut = rows.reshape(-1, taken, *rows.shape[1:])
+    return np.pad(cut, [(0, 0), (0, full - taken)] + [(0, 0)] * (rows.ndim - 1)).reshape(-1, *rows.shape[1:])

@@ -112,11 +112,13 @@ def layer(
     kernel, bias = recurrent["kernel"], recurrent["bias"]
     where = None if segments is None else marks(segments)
     states: Any
+    # Gathered here, once: left split over a mesh, it would be gathered in every step, and XLA's partitioner got the
+    # gradients of such steps wrong where three mesh axes met (jax 0.10, by a tenth and more).
+    kernel = kernel if isinstance(kernel, Leaf) else kernel.astype(x.dtype)
+    kernel = jax.tree.map(lambda part: constrain(part, *[None] * part.ndim), kernel)
     if kernels is None or not kernels.matmul or isinstance(kernel, Leaf):
         states = steps_plain(cell, ahead, kernel, bias, state, where)
     else:
-        # Gathered here, once: left split over a mesh, it would be gathered in every step.
-        kernel = constrain(kernel.astype(x.dtype), None, None)
         states = steps(cell, ahead, kernel, bias.astype(x.dtype), state, where)
     return states["hidden"].swapaxes(0, 1), states
 

@@ -30,9 +30,9 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
         nested: list[Any] = [each for each in (hints[name], *get_args(hints[name])) if is_dataclass(each)]
         if not nested or not isinstance(value, Mapping):
             return value
-        # Of several classes it is the one with these fields.
-        same = [each for each in nested if {one.name for one in fields(each)} == set(value)]
-        return from_dict((same or nested)[0], value)
+        # Of several classes it is the smallest that has these fields; what it has besides is younger than the file.
+        fitting = [each for each in nested if {one.name for one in fields(each)} >= set(value)]
+        return from_dict(min(fitting, key=lambda each: len(fields(each)), default=nested[0]), value)
 
     return kind(**{name: build(name, value) for name, value in values.items()})
 

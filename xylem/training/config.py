@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from xylem.data import corruption, spans
 from xylem.data.config import DataConfig
+from xylem.data.ramp import BatchRamp
 from xylem.errors import ConfigError
 from xylem.models.config import ModelConfig, Seq2SeqConfig
 from xylem.models.settings import check_choices
@@ -25,7 +27,9 @@ class MeshConfig:
     tensor: int = 1
 
 
-Objective = Literal["causal_lm", "truncated", "continuation", "masked_lm", "span_corruption", "denoising"]
+Objective = Literal[
+    "causal_lm", "truncated", "scheduled_sampling", "continuation", "masked_lm", "span_corruption", "denoising"
+]
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,60 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         check_choices(self)
-        own = {"masked_lm": MaskedConfig, "span_corruption": SpanConfig, "denoising": DenoisingConfig}
-        if type(self) is not (wanted := own.get(self.name, ObjectiveConfig)):
-            allowed = f"its settings are a {wanted.__name__}, these are another's: begin with a preset that has it"
+        if type(self) is not (wanted := settings_of(self.name)):
+            allowed = f"its settings are a {wanted.__name__}, these are another's"
             raise ConfigError("objective.name", self.name, allowed)
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ConfigError("objective.label_smoothing", self.label_smoothing, "it must lie in [0, 1)")
         if self.z_loss < 0.0:
             raise ConfigError("objective.z_loss", self.z_loss, "it must not be negative")
+
+
+def settings_of(name: str) -> type[ObjectiveConfig]:
+    """The class of an objective's settings."""
+    own = (SampledConfig, MaskedConfig, SpanConfig, DenoisingConfig)
+    return next((each for each in own if each.name == name), ObjectiveConfig)
+
+
+@dataclass(frozen=True)
+class SampledConfig(ObjectiveConfig):
+    """The next token after prefixes that the model itself wrote in part (1506.03099; see ``scheduled_sampling.py``).
+
+    Attributes:
+        decay: how the probability that a token shown is the true one falls with the step (section 2.4):
+            ``linear:START,SLOPE,LEAST`` is max(LEAST, START - SLOPE step), ``exponential:BASE`` is BASE ** step, and
+            ``inverse_sigmoid:K`` is K / (K + exp(step / K)), one half at step K log K.
+    """
+
+    name: Objective = "scheduled_sampling"
+    decay: str = "inverse_sigmoid:100"
+
+    def __post_init__(self):
+        super().__post_init__()
+        kind, numbers = decay_of(self.decay)
+        if kind == "linear":
+            start, slope, least = numbers
+            holds, allowed = 0 <= least <= start <= 1 and slope >= 0, "0 <= LEAST <= START <= 1, and 0 <= SLOPE"
+        elif kind == "exponential":
+            holds, allowed = 0 < numbers[0] < 1, "BASE lies between 0 and 1"
+        else:
+            holds, allowed = 1 <= numbers[0] < math.inf, "K is at least 1"
+        if not holds:
+            raise ConfigError("objective.decay", self.decay, allowed)
+
+
+def decay_of(text: str) -> tuple[str, list[float]]:
+    """The formula and the numbers that ``SampledConfig.decay`` names."""
+    forms = {"linear": "START,SLOPE,LEAST", "exponential": "BASE", "inverse_sigmoid": "K"}
+    kind, _, rest = text.partition(":")
+    try:
+        numbers = [float(number) for number in rest.split(",")]
+    except ValueError:
+        numbers = []
+    if kind not in forms or len(numbers) != len(forms[kind].split(",")):
+        allowed = f"it must be {' or '.join(f'{one}:{form}' for one, form in forms.items())}, in numbers"
+        raise ConfigError("objective.decay", text, allowed)
+    return kind, numbers
 
 
 @dataclass(frozen=True)
@@ -88,12 +138,24 @@ class MaskedConfig(ObjectiveConfig):
 
 @dataclass(frozen=True)
 class SpanConfig(ObjectiveConfig):
-    """Spans taken out of a text, listed (T5 1910.10683, section 3.1.4; see ``data/spans.py``)."""
+    """Spans taken out of a text, listed (T5 1910.10683, section 3.1.4; see ``data/spans.py``), and tasks besides.
+
+    Attributes:
+        tasks: supervised tasks, text to text: by name a file of one ``{"input": ..., "target": ...}`` a line. The name
+            and a colon stand before each input (section 2.3).
+        mixing_limit: K: corpus and tasks are mixed in proportion to their examples, of which no more than K count
+            (section 3.5.2); a window is an example of the corpus.
+        target_length: tokens of a target at least, for tasks whose targets are longer than what is listed; what is
+            longer still is cut.
+    """
 
     name: Objective = "span_corruption"
     noise_density: float = 0.15
     mean_span: float = 3.0
     sentinels: int = 100
+    tasks: dict[str, str] = field(default_factory=dict)
+    mixing_limit: int = 2**16
+    target_length: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,6 +164,17 @@ class SpanConfig(ObjectiveConfig):
             raise ConfigError("objective.mean_span", self.mean_span, "it must be at least 1 token")
         if self.sentinels < 1:
             raise ConfigError("objective.sentinels", self.sentinels, "it must be at least 1")
+        if self.mixing_limit < 1:
+            raise ConfigError("objective.mixing_limit", self.mixing_limit, "it must be at least 1 example")
+        if self.target_length < 0:
+            raise ConfigError("objective.target_length", self.target_length, "it must not be negative")
+        if "" in self.tasks:
+            raise ConfigError("objective.tasks", "", "a task has a name")
+
+    def sizes(self, length: int) -> tuple[int, int]:
+        """Tokens of a source and of a target, of windows of ``length`` tokens."""
+        source, target = spans.sizes(length, self.noise_density, self.mean_span)
+        return source, max(target, self.target_length)
 
 
 @dataclass(frozen=True)
@@ -117,6 +190,25 @@ class DenoisingConfig(ObjectiveConfig):
         corruption.check_fraction("objective.rate", self.rate)
         if not self.mean_span > 0:
             raise ConfigError("objective.mean_span", self.mean_span, "it must be positive")
+
+
+@dataclass(frozen=True)
+class RampConfig:
+    """A batch that grows with what has been read, as GPT-3's (see ``data/ramp.py``).
+
+    Attributes:
+        tokens: read when the batch is full; 0 is no ramp: every batch is full.
+        start: micro-batches of the first step; the full batch has ``accumulate``.
+    """
+
+    tokens: int = 0
+    start: int = 1
+
+    def __post_init__(self):
+        if self.tokens < 0:
+            raise ConfigError("ramp.tokens", self.tokens, "it must not be negative; 0 is no ramp")
+        if self.start < 1:
+            raise ConfigError("ramp.start", self.start, "it must be at least 1 micro-batch")
 
 
 @dataclass(frozen=True)
@@ -172,6 +264,7 @@ class RunConfig:
         steps: optimizer steps in all; a second start of a finished run with more steps goes on.
         batch_size: sequences a step, over all devices and accumulation steps.
         accumulate: micro-batches a step; the gradient is that of the whole batch.
+        ramp: makes the first steps take fewer micro-batches.
         ema: decay of the averaged weights that validation and the last checkpoint then also carry; None keeps none.
         log_every, evaluate_every, save_every, sample_every: in steps; 0 turns the last three off until the end.
         evaluate_batches: validation batches while training; at the last step the whole split is read.
@@ -181,11 +274,14 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    objective: ObjectiveConfig | MaskedConfig | SpanConfig | DenoisingConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig | SampledConfig | MaskedConfig | SpanConfig | DenoisingConfig = field(
+        default_factory=ObjectiveConfig
+    )
     mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 1000
     batch_size: int = 16
     accumulate: int = 1
+    ramp: RampConfig = field(default_factory=RampConfig)
     seed: int = 0
     ema: float | None = None
     log_every: int = 10
@@ -206,6 +302,9 @@ class RunConfig:
                 raise ConfigError(name, getattr(self, name), "it must not be negative")
         if self.batch_size % self.accumulate:
             raise ConfigError("accumulate", self.accumulate, f"it must divide batch_size = {self.batch_size}")
+        if self.ramp.tokens and self.ramp.start >= self.accumulate:
+            allowed = f"fewer micro-batches than the full batch's, accumulate = {self.accumulate}"
+            raise ConfigError("ramp.start", self.ramp.start, allowed)
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise ConfigError("ema", self.ema, "it must lie in (0, 1), or be None")
         allowed = objectives_of(self.model)
@@ -227,11 +326,19 @@ class RunConfig:
             raise ConfigError("objective.sentinels", objective.sentinels, allowed)
 
     @property
+    def batch_ramp(self) -> BatchRamp:
+        """How many micro-batches each step takes, and what is read before it; without a ramp, one a step."""
+        tokens = self.batch_size * self.data.sequence_length
+        if not self.ramp.tokens:
+            return BatchRamp(1, 1, tokens, 0)
+        return BatchRamp(self.ramp.start, self.accumulate, tokens // self.accumulate, self.ramp.tokens)
+
+    @property
     def tokens_read(self) -> int:
         """The longest row that the model sees of a window of ``data.sequence_length`` tokens of text."""
         objective, length = self.objective, self.data.sequence_length
         if isinstance(objective, SpanConfig):
-            return max(spans.sizes(length, objective.noise_density, objective.mean_span))
+            return max(objective.sizes(length))
         return length - length // 2 if objective.name == "continuation" else length
 
 
@@ -240,10 +347,10 @@ def objectives_of(model: ModelConfig) -> tuple[Objective, ...]:
     if isinstance(model, Seq2SeqConfig):
         return ("denoising", "span_corruption", "continuation")
     if isinstance(model, RecurrentConfig):
-        return ("causal_lm", "truncated")
-    if isinstance(model, MambaConfig | WindowedConfig):
-        return ("causal_lm",)
-    return ("causal_lm",) if model.attention.mask == "causal" else ("masked_lm",)
+        return ("causal_lm", "truncated", "scheduled_sampling")
+    if isinstance(model, MambaConfig | WindowedConfig) or model.attention.mask == "causal":
+        return ("causal_lm", "scheduled_sampling")
+    return ("masked_lm",)
 
 
 def special_ids(config: RunConfig, tokenizer: Tokenizer) -> dict[str, int]:
@@ -292,4 +399,4 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 def writes(config: RunConfig) -> bool:
     """Whether the model is one that continues a text: then samples are written, and bits per byte mean something."""
-    return config.objective.name in ("causal_lm", "truncated")
+    return config.objective.name in ("causal_lm", "truncated", "scheduled_sampling")

@@ -10,11 +10,12 @@ import numpy as np
 
 from xylem.data import corruption, denoising, examples, masking
 from xylem.data.examples import MakeExample
+from xylem.data.mixture import mixed
 from xylem.data.paired import paired
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
 from xylem.models.config import Seq2SeqConfig, TransformerConfig
-from xylem.training.config import DenoisingConfig, MaskedConfig, RunConfig, SpanConfig, special_ids
+from xylem.training.config import DenoisingConfig, MaskedConfig, RunConfig, SampledConfig, SpanConfig, special_ids
 
 
 class Ids(NamedTuple):
@@ -42,6 +43,8 @@ def objective_data(config: RunConfig, data: Prepared) -> Prepared:
     if isinstance(config.objective, MaskedConfig) and config.objective.pairs != "none":
         own = {"kind": config.objective.pairs, "cls": special["cls"], "sep": special["sep"], "seed": config.seed}
         return paired(data, **own)
+    if isinstance(config.objective, SpanConfig) and config.objective.tasks:
+        return mixed(data, config.objective.tasks, config.objective.mixing_limit)
     return data
 
 
@@ -61,8 +64,11 @@ def maker(config: RunConfig, ids: Ids) -> MakeExample:
         return examples.next_token
     sides = {"start": model.decoder_start, "end": ids.end}
     if isinstance(objective, SpanConfig):
-        spans = {name: getattr(objective, name) for name in ("noise_density", "mean_span", "sentinels")}
-        return partial(examples.corrupted_spans, vocab_size=model.vocab_size, **sides, **spans)
+        names = ("noise_density", "mean_span", "sentinels", "target_length")
+        spans = {name: getattr(objective, name) for name in names}
+        window = partial(examples.corrupted_spans, vocab_size=model.vocab_size, **sides, **spans)
+        task = partial(examples.text_to_text, sizes=objective.sizes(length), **sides)
+        return partial(examples.mixed, window=window, task=task)
     if isinstance(objective, DenoisingConfig):
         noise = denoising.bart(ids.special["mask"], ids.stops, objective.rate, objective.mean_span)
         return partial(examples.denoised, noise=noise, **sides)
@@ -93,4 +99,6 @@ def train_flops_per_token(config: RunConfig) -> float:
         return model.train_flops(shapes["tokens"][0][0], predicted) / length
     if isinstance(config.objective, MaskedConfig) and isinstance(model, TransformerConfig):
         return model.train_flops_per_token(length, predicted / length)
-    return model.train_flops_per_token(length)
+    flops = model.train_flops_per_token(length)
+    # A forward pass, a third of a step, draws the tokens that are shown.
+    return flops * 4 / 3 if isinstance(config.objective, SampledConfig) else flops

@@ -53,7 +53,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
     join_hosts()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     program = assemble(config, mesh)
-    schedule = make_schedule(config.optimizer, config.steps)
+    schedule, ramp = make_schedule(config.optimizer, config.steps), config.batch_ramp
     settings, writer = dataclasses.asdict(config), jax.process_index() == 0
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
@@ -73,7 +73,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         start = 0 if restored is None else restored.step
         best = restored.metadata["best_validation"] if restored else sys.float_info.max
         order = "consecutive" if config.objective.name == "truncated" else "shuffled"
-        batches = pipeline.TrainIterator(data, config.batch_size, config.seed, start, order=order, **hosts)
+        batches = pipeline.TrainIterator(data, config.batch_size, config.seed, start, order=order, ramp=ramp, **hosts)
         if restored is not None:
             batches.set_state(restored.data_state)
 
@@ -85,7 +85,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         place = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
         flops = train_flops_per_token(config)
         peak = measure.peak_flops(list(mesh.devices.flat))
-        meter = measure.Meter(config.batch_size * config.data.sequence_length, flops, peak, config.steps)
+        meter = measure.Meter(ramp.tokens_before, flops, peak, config.steps)
 
         def validation() -> Iterator[Sums]:
             """Sums of each validation batch in turn; of the averaged weights where kept."""

@@ -130,21 +130,23 @@ class Throughput:
 class Meter:
     """Turns what a step computed into a row of metrics, with the speed since the row before.
 
-    ``tokens`` a step, ``flops`` a token, ``peak`` of all devices together (None where unknown), ``steps`` of the run.
+    ``tokens(n)`` read by the first n steps, ``flops`` a token, ``peak`` of all devices together (None where unknown),
+    ``steps`` of the run.
     """
 
-    def __init__(self, tokens: int, flops: float, peak: float | None, steps: int):
+    def __init__(self, tokens: Callable[[int], int], flops: float, peak: float | None, steps: int):
         self.tokens, self.flops, self.peak, self.steps = tokens, flops, peak, steps
         self._speed, self._since = Throughput(), time.perf_counter()
 
     def row(self, step: int, computed: Mapping[str, Any]) -> dict[str, Any]:
         """The row of a step; reading what it ``computed`` waits for it."""
-        row = {"step": step, "tokens": step * self.tokens, **{name: float(x) for name, x in computed.items()}}
+        read = self.tokens(step)
+        row = {"step": step, "tokens": read, **{name: float(x) for name, x in computed.items()}}
         now = time.perf_counter()
-        rate = self._speed.update(self.tokens, now - self._since)
+        rate = self._speed.update(read - self.tokens(step - 1), now - self._since)
         self._since = now
         row |= {"tokens_per_second": rate, "mfu": mfu(rate, self.flops, self.peak)}
-        return row | {"eta_seconds": self._speed.eta((self.steps - step) * self.tokens)}
+        return row | {"eta_seconds": self._speed.eta(self.tokens(self.steps) - read)}
 
     def restart(self) -> None:
         """Leave out the time since the last row: it went into something else than training."""

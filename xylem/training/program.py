@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from xylem import models
 from xylem.errors import ConfigError
 from xylem.models.language_model import LanguageModel
 from xylem.sharding import BATCH
-from xylem.training.config import RunConfig
+from xylem.training.config import ObjectiveConfig, RunConfig, SampledConfig
 from xylem.training.objectives import causal_lm, masked_lm, next_window
 from xylem.training.optimizers import make_optimizer
+from xylem.training.scheduled_sampling import make_decay, scheduled_sampling
 from xylem.training.state import TrainState, abstract_state, new_state
-from xylem.training.step import eval_step, train_step
+from xylem.training.step import Batch, Loss, eval_step, train_step
 
 
 class Program(NamedTuple):
@@ -59,9 +61,6 @@ def assemble(config: RunConfig, mesh: Mesh) -> Program:
     module, optimizer = models.build(config.model), make_optimizer(config.optimizer, config.steps)
     carries = config.objective.name == "truncated"
     judged = masked_lm if config.objective.name == "masked_lm" else causal_lm
-    loss, validation_loss = (
-        partial(objective, module, config.objective) for objective in (next_window if carries else judged, judged)
-    )
 
     def create() -> TrainState:
         params = module.init(jax.random.key(config.seed), jnp.zeros((1, 2), jnp.int32))["params"]
@@ -70,14 +69,30 @@ def assemble(config: RunConfig, mesh: Mesh) -> Program:
 
     abstract = abstract_state(create, mesh)
     where = jax.tree.map(lambda x: x.sharding, abstract)
-    step = partial(train_step, loss=loss, optimizer=optimizer, accumulate=config.accumulate, ema=config.ema)
+    settings = {"optimizer": optimizer, "accumulate": config.accumulate, "ema": config.ema}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        loss, told = minimised(module, config.objective, state.step)
+        state, metrics = train_step(state, batch, loss=loss, **settings)
+        return state, metrics | told
+
     return Program(
         module=module,
         create=create,
         abstract=abstract,
         step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
-        validate=jax.jit(partial(eval_step, loss=validation_loss)),
+        validate=jax.jit(partial(eval_step, loss=partial(judged, module, config.objective))),
     )
+
+
+def minimised(module: LanguageModel, objective: ObjectiveConfig, step: Any) -> tuple[Loss, dict[str, Array]]:
+    """What step ``step`` of a run minimises, and what its metrics tell of that."""
+    if isinstance(objective, SampledConfig):
+        epsilon = make_decay(objective)(step)
+        loss: Any = partial(scheduled_sampling, module, objective, epsilon=epsilon)  # a step always has randomness
+        return loss, {"epsilon": epsilon}
+    losses = {"truncated": next_window, "masked_lm": masked_lm}
+    return partial(losses.get(objective.name, causal_lm), module, objective), {}
 
 
 def settled(config: RunConfig, **chosen: str) -> RunConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from xylem.data.mixture import Mixture
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
 from xylem.files import write_whole
@@ -20,6 +21,7 @@ from xylem.peft import tree
 from xylem.training import metrics as measure
 from xylem.training.checkpoint import Restored
 from xylem.training.config import RunConfig, writes
+from xylem.training.inputs import example_shapes
 from xylem.training.plots import loss_curve
 from xylem.training.run_folder import CHECKPOINTS, METRICS
 from xylem.training.state import TrainState
@@ -33,19 +35,38 @@ REFERENCE_BYTES = 8_000_000  # what xz compresses in seconds
 def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, restored: Restored | None) -> list[str]:
     """Lines that say what is about to be trained, on what, and from where."""
     model, train = config.model, data.counts["train"]
-    batch_tokens = config.batch_size * config.data.sequence_length
+    ramp, steps = config.batch_ramp, config.steps
+    read = ramp.tokens_before(steps)
+    first, last = ramp.tokens_before(1), read - ramp.tokens_before(steps - 1)
+    share = data.rates[0] if isinstance(data, Mixture) else 1.0
+    batches = f"{last:,}" if first == last else f"{first:,} to {last:,}"
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = [
         f"{model.family}: {tree.count(state.params):,} parameters, {model.num_layers} layers of width {model.d_model}, "
         f"{model.vocab_size:,} tokens",
         f"{config.data.corpus}: {train['tokens']:,} training tokens of {train['bytes'] / train['tokens']:.2f} bytes; "
-        f"{config.steps:,} steps of {batch_tokens:,} are {config.steps * batch_tokens / train['tokens']:.2f} epochs",
+        f"{steps:,} steps of {batches} are {share * read / train['tokens']:.2f} epochs",
         f"mesh {sizes} of {mesh.devices.flat[0].device_kind}; run folder {config.run_dir}",
     ]
+    if isinstance(data, Mixture):
+        rates = zip(data.rates, (data.corpus.name, *data.tasks), strict=True)
+        lines.append(f"mixed of {', '.join(f'{rate:.1%} {name}' for rate, name in rates)}")
+        lines += cut_tasks(data, example_shapes(config))
     if restored is not None:
         lines += [f"passed over {line}" for line in restored.passed_over]
         done = restored.step >= config.steps
         lines.append(f"all {config.steps} steps are already done" if done else f"going on from step {restored.step}")
+    return lines
+
+
+def cut_tasks(data: Mixture, shapes: dict[str, Any]) -> list[str]:
+    """A line for each task with examples whose texts are longer than their places, end included."""
+    lines = []
+    for name, task in data.tasks.items():
+        for part, place in (("tokens", "tokens"), ("targets", "labels")):
+            size = shapes[place][0][0]
+            if cut := sum(len(one[part]) >= size for one in task):
+                lines.append(f"{name}: {cut:,} of {len(task):,} {part} are cut to {size}")
     return lines
 
 

@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from xylem.errors import ConfigError
 from xylem.models.language_model import LanguageModel
-from xylem.training.config import ObjectiveConfig
+from xylem.training.config import ObjectiveConfig, SampledConfig, decay_of
 from xylem.training.objectives import Sums, causal_lm
 
 Epsilon = Float[Array, ""] | float
-Schedule = Callable[[Any], Any]
+Decay = Callable[[Any], Any]
 
 
 def scheduled_sampling(
@@ -74,29 +73,13 @@ def mixed_inputs(
     return jax.lax.scan(step, start, inputs)[1].T
 
 
-# --- epsilon as a function of the step (section 2.4) ------------------------------------------------------------------
-
-
-def linear(start: float, slope: float, least: float) -> Schedule:
-    """``max(least, start - slope * step)``."""
-    if not 0.0 <= least < 1.0:
-        raise ConfigError("least", least, "it must lie in [0, 1)")
-    if not least <= start <= 1.0:
-        raise ConfigError("start", start, f"it must lie between least = {least} and 1")
-    if not slope >= 0.0:
-        raise ConfigError("slope", slope, "it must not be negative")
-    return lambda step: jnp.maximum(least, start - slope * step)
-
-
-def exponential(base: float) -> Schedule:
-    """``base ** step``."""
-    if not 0.0 < base < 1.0:
-        raise ConfigError("base", base, "it must lie between 0 and 1")
-    return lambda step: jnp.exp(step * math.log(base))
-
-
-def inverse_sigmoid(k: float) -> Schedule:
-    """``k / (k + exp(step / k))``: a fall around step ``k log k``, the steeper the smaller k."""
-    if not k >= 1.0:
-        raise ConfigError("k", k, "it must be at least 1")
-    return lambda step: jax.nn.sigmoid(math.log(k) - step / k)
+def make_decay(config: SampledConfig) -> Decay:
+    """Epsilon as a function of the step, the first being step 0 (section 2.4; ``SampledConfig.decay``)."""
+    kind, numbers = decay_of(config.decay)
+    if kind == "linear":
+        start, slope, least = numbers
+        return lambda step: jnp.maximum(least, start - slope * step)
+    (number,) = numbers
+    if kind == "exponential":
+        return lambda step: jnp.exp(step * math.log(number))
+    return lambda step: jax.nn.sigmoid(math.log(number) - step / number)

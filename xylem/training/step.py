@@ -30,7 +30,8 @@ def gradients(loss: Loss, state: TrainState, batch: Batch, accumulate: int, rng:
     """Gradient of the mean loss over the real labels of the whole batch, and the batch's sums.
 
     Each micro-batch's sum is divided by the whole batch's number of labels, so accumulation changes memory and
-    nothing else, however the labels are spread.
+    nothing else, however the labels are spread. Behind the last micro-batch that has a label nothing is computed: a
+    batch that grows (``data/ramp.py``) is one program.
     """
     total = jnp.maximum(batch["weights"].sum(), 1.0)
 
@@ -42,15 +43,19 @@ def gradients(loss: Loss, state: TrainState, batch: Batch, accumulate: int, rng:
     if accumulate == 1:
         return slope(state.trainable, batch, rng)
 
-    def add(carry, inputs):
-        micro, index = inputs
+    cut = micro_batches(batch, accumulate)
+    labelled = (cut["weights"] != 0).reshape(accumulate, -1).any(axis=1)
+    used = accumulate - jnp.argmax(jnp.flip(labelled))
+
+    def add(index, carry):
+        micro = jax.tree.map(lambda x: x[index], cut)
         new = slope(state.trainable, micro, jax.random.fold_in(rng, index))
-        return jax.tree.map(jnp.add, carry, new), None
+        return jax.tree.map(jnp.add, carry, new)
 
     # float32 whatever the parameters' type: many small numbers are added here.
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
     start = (zero, Sums(*[jnp.zeros(())] * 3))
-    return jax.lax.scan(add, start, (micro_batches(batch, accumulate), jnp.arange(accumulate)))[0]
+    return jax.lax.fori_loop(0, used, add, start)
 
 
 def train_step(

@@ -85,10 +85,13 @@ def planned(base: RunConfig, sizes: Sequence[str], budgets: Sequence[float], epo
     training text: a law of tokens is one of new tokens.
 
     Raises:
-        ConfigError: a size that is none, a budget that is not positive, a model that has no sizes, or no run is left.
+        ConfigError: a size that is none, a budget that is not positive, a model that has no sizes, a batch that grows,
+            or no run is left.
     """
     if not isinstance(base.model, TransformerConfig) or base.model.attention.mask != "causal":
         raise ConfigError("PRESET", base.model.family, "a sweep is of transformers that predict the next token")
+    if base.ramp.tokens:
+        raise ConfigError("ramp.tokens", base.ramp.tokens, "0: the batches of a sweep have one size")
     tokens = pipeline.prepare(base.data).counts["train"]["tokens"]
     a_step, runs = base.batch_size * base.data.sequence_length, []
     for size in sizes:
