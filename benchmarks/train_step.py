@@ -88,7 +88,7 @@ def our_step(workload: Workload, variant: str) -> Callable[[int], float]:
     """``step(index) -> loss`` through the public path."""
     import numpy as np
 
-    from xylem.training.config import ObjectiveConfig
+    from xylem.training.objective_config import ObjectiveConfig
     from xylem.training.objectives import causal_lm
 
     weights = np.ones((workload.batch, workload.length), np.float32)

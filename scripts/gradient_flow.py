@@ -129,7 +129,8 @@ def trained(module: RecurrentLM, params: Any, data: Prepared, parsed: Arguments,
     import jax
 
     from xylem.data.pipeline import TrainIterator
-    from xylem.training.config import ObjectiveConfig, OptimizerConfig
+    from xylem.training.config import OptimizerConfig
+    from xylem.training.objective_config import ObjectiveConfig
     from xylem.training.objectives import causal_lm
     from xylem.training.optimizers import make_optimizer
     from xylem.training.state import new_state

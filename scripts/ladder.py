@@ -145,7 +145,7 @@ def run_of(rung: Rung, parsed: Arguments, data: Prepared) -> RunConfig:
     from xylem.models.llama import llama
     from xylem.models.mamba import mamba
     from xylem.models.rnn import recurrent
-    from xylem.training.config import ObjectiveConfig
+    from xylem.training.objective_config import ObjectiveConfig
 
     width, length = parsed.width, parsed.data.sequence_length
     sizes: dict[str, Any] = {"vocab_size": data.tokenizer.vocab_size, "max_length": length}

@@ -5,16 +5,8 @@ from pathlib import Path
 from xylem.data.config import DataConfig
 from xylem.models import bart, bert, llama, mamba, rnn, t5, vanilla
 from xylem.models.settings import Compute
-from xylem.training.config import (
-    DenoisingConfig,
-    MaskedConfig,
-    MeshConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RunConfig,
-    SampledConfig,
-    SpanConfig,
-)
+from xylem.training.config import MeshConfig, OptimizerConfig, RunConfig
+from xylem.training.objective_config import DenoisingConfig, MaskedConfig, ObjectiveConfig, SampledConfig, SpanConfig
 
 VOCAB, LENGTH = 280, 16  # 257 tokens of bytes, and what objectives add
 FAMILIES = {

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from xylem.errors import ConfigError
 from xylem.models import build, heads, hub
 from xylem.training.classification import text_classification, text_classification_with_lm, token_classification
-from xylem.training.config import ObjectiveConfig
+from xylem.training.objective_config import ObjectiveConfig
 
 pytestmark = pytest.mark.oracle
 

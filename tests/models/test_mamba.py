@@ -20,7 +20,8 @@ from xylem.models.mamba import mamba
 from xylem.models.settings import Compute
 from xylem.peft import tree
 from xylem.sharding import batch_sharding, make_mesh, param_specs
-from xylem.training.config import ObjectiveConfig, OptimizerConfig
+from xylem.training.config import OptimizerConfig
+from xylem.training.objective_config import ObjectiveConfig
 from xylem.training.objectives import causal_lm
 from xylem.training.optimizers import decays, is_hidden_matrix, make_optimizer
 from xylem.training.state import abstract_state, make_state, new_state

@@ -18,7 +18,7 @@ from xylem.models.recurrent import RecurrentLM
 from xylem.models.settings import Compute
 from xylem.peft import tree
 from xylem.sharding import batch_sharding, make_mesh, shardings
-from xylem.training.config import ObjectiveConfig
+from xylem.training.objective_config import ObjectiveConfig
 from xylem.training.objectives import causal_lm, truncated
 
 BAR = 1e-6

@@ -13,7 +13,7 @@ from operations import apart, normal
 from xylem.models import cells, rnn
 from xylem.models.recurrent import RecurrentLM
 from xylem.models.settings import Compute
-from xylem.training.config import ObjectiveConfig
+from xylem.training.objective_config import ObjectiveConfig
 from xylem.training.objectives import truncated
 
 pytestmark = pytest.mark.oracle

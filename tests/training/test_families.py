@@ -18,21 +18,10 @@ from xylem.errors import ConfigError
 from xylem.models.settings import from_dict
 from xylem.sharding import make_mesh
 from xylem.training.checkpoint import load_params
-from xylem.training.config import (
-    DenoisingConfig,
-    MaskedConfig,
-    MeshConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RampConfig,
-    RunConfig,
-    SampledConfig,
-    SpanConfig,
-    check_tokenizer,
-    writes,
-)
+from xylem.training.config import MeshConfig, OptimizerConfig, RampConfig, RunConfig, check_tokenizer, writes
 from xylem.training.inputs import example_shapes, objective_data
 from xylem.training.loop import pretrain
+from xylem.training.objective_config import DenoisingConfig, MaskedConfig, ObjectiveConfig, SampledConfig, SpanConfig
 from xylem.training.program import assemble
 from xylem.training.restore import open_model
 

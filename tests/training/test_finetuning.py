@@ -18,7 +18,8 @@ from xylem.models.bert import bert
 from xylem.models.gpt import gpt1
 from xylem.models.settings import Compute
 from xylem.training.classification import text_classification, text_classification_with_lm
-from xylem.training.config import ObjectiveConfig, OptimizerConfig
+from xylem.training.config import OptimizerConfig
+from xylem.training.objective_config import ObjectiveConfig
 from xylem.training.optimizers import make_optimizer
 from xylem.training.state import new_state
 from xylem.training.step import train_step

@@ -26,8 +26,9 @@ from xylem.models.llama import llama
 from xylem.models.settings import Compute
 from xylem.training import loop
 from xylem.training.checkpoint import load_params
-from xylem.training.config import MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
+from xylem.training.config import MeshConfig, OptimizerConfig, RunConfig
 from xylem.training.loop import pretrain
+from xylem.training.objective_config import ObjectiveConfig
 from xylem.training.objectives import causal_lm
 from xylem.training.step import eval_step
 

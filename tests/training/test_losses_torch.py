@@ -8,7 +8,7 @@ import pytest
 from oracles import error, pair, random_encoder, random_seq2seq
 
 from xylem.models import build
-from xylem.training.config import MaskedConfig, ObjectiveConfig
+from xylem.training.objective_config import MaskedConfig, ObjectiveConfig
 from xylem.training.objectives import Sums, causal_lm, masked_lm
 
 pytestmark = pytest.mark.oracle

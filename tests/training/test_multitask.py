@@ -12,9 +12,9 @@ from xylem.data import pipeline
 from xylem.errors import ConfigError
 from xylem.sharding import make_mesh
 from xylem.training.checkpoint import load_params
-from xylem.training.config import SpanConfig
 from xylem.training.inputs import example_shapes, objective_data
 from xylem.training.loop import pretrain
+from xylem.training.objective_config import SpanConfig
 from xylem.training.objectives import causal_lm
 from xylem.training.program import assemble
 

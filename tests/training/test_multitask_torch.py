@@ -11,8 +11,8 @@ from oracles import error, pair, random_seq2seq
 
 from xylem.data import pipeline
 from xylem.models import build
-from xylem.training.config import SpanConfig
 from xylem.training.inputs import objective_data
+from xylem.training.objective_config import SpanConfig
 from xylem.training.objectives import causal_lm
 
 pytestmark = pytest.mark.oracle

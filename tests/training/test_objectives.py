@@ -13,7 +13,7 @@ from xylem import models
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
 from xylem.models.settings import Compute
-from xylem.training.config import ObjectiveConfig
+from xylem.training.objective_config import ObjectiveConfig
 from xylem.training.objectives import Sums, causal_lm
 
 B, T, V = 3, 13, 31

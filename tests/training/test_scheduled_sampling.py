@@ -22,9 +22,9 @@ from xylem.models.rnn import gru, lstm
 from xylem.models.settings import Compute
 from xylem.sharding import batch_sharding, make_mesh
 from xylem.training.checkpoint import load_params
-from xylem.training.config import ObjectiveConfig, SampledConfig
 from xylem.training.inputs import objective_data, train_flops_per_token
 from xylem.training.loop import pretrain
+from xylem.training.objective_config import ObjectiveConfig, SampledConfig
 from xylem.training.objectives import causal_lm
 from xylem.training.program import assemble
 from xylem.training.scheduled_sampling import make_decay, mixed_inputs, scheduled_sampling

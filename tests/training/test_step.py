@@ -16,7 +16,8 @@ from xylem.models.llama import llama
 from xylem.models.settings import Compute
 from xylem.peft import tree
 from xylem.sharding import batch_sharding, make_mesh, path_name
-from xylem.training.config import ObjectiveConfig, OptimizerConfig
+from xylem.training.config import OptimizerConfig
+from xylem.training.objective_config import ObjectiveConfig
 from xylem.training.objectives import causal_lm
 from xylem.training.optimizers import make_optimizer
 from xylem.training.state import abstract_state, everything, make_state, new_state

@@ -15,17 +15,9 @@ from xylem.models import PRESETS, bart, bert, mamba, rnn, t5, vanilla
 from xylem.models.config import ModelConfig, Seq2SeqConfig
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
-from xylem.training.config import (
-    DenoisingConfig,
-    MaskedConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RunConfig,
-    SpanConfig,
-    objectives_of,
-    settings_of,
-)
+from xylem.training.config import OptimizerConfig, RunConfig, objectives_of
 from xylem.training.counting_config import CountingConfig
+from xylem.training.objective_config import DenoisingConfig, MaskedConfig, ObjectiveConfig, SpanConfig, settings_of
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 from xylem.models import heads
 from xylem.models.fused_cross_entropy import cross_entropy_plain
 from xylem.models.language_model import LanguageModel
-from xylem.training.config import ObjectiveConfig
+from xylem.training.objective_config import ObjectiveConfig
 from xylem.training.objectives import Sums, cross_entropy, forward
 
 AUXILIARY = 0.5  # GPT-1 (Radford et al. 2018), section 4.1: lambda of equation 5

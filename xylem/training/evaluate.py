@@ -15,7 +15,7 @@ from xylem.errors import ConfigError
 from xylem.models import ngram
 from xylem.models.ngram import NGramConfig
 from xylem.training import metrics
-from xylem.training.config import ObjectiveConfig
+from xylem.training.objective_config import ObjectiveConfig
 from xylem.training.objectives import Sums, causal_lm
 from xylem.training.restore import Model
 from xylem.training.step import eval_step

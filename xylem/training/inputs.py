@@ -15,7 +15,8 @@ from xylem.data.paired import paired
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
 from xylem.models.config import Seq2SeqConfig, TransformerConfig
-from xylem.training.config import DenoisingConfig, MaskedConfig, RunConfig, SampledConfig, SpanConfig, special_ids
+from xylem.training.config import RunConfig, special_ids
+from xylem.training.objective_config import DenoisingConfig, MaskedConfig, SampledConfig, SpanConfig
 
 
 class Ids(NamedTuple):

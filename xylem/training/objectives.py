@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from xylem.models import fused, fused_cross_entropy
 from xylem.models.cache import StateCache
 from xylem.models.language_model import LanguageModel
-from xylem.training.config import ObjectiveConfig
+from xylem.training.objective_config import ObjectiveConfig
 
 
 class Sums(struct.PyTreeNode):

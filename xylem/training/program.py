@@ -17,7 +17,8 @@ from xylem import models
 from xylem.errors import ConfigError
 from xylem.models.language_model import LanguageModel
 from xylem.sharding import BATCH
-from xylem.training.config import ObjectiveConfig, RunConfig, SampledConfig
+from xylem.training.config import RunConfig
+from xylem.training.objective_config import ObjectiveConfig, SampledConfig
 from xylem.training.objectives import causal_lm, masked_lm, next_window
 from xylem.training.optimizers import make_optimizer
 from xylem.training.scheduled_sampling import make_decay, scheduled_sampling

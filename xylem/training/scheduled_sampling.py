@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.models.language_model import LanguageModel
-from xylem.training.config import ObjectiveConfig, SampledConfig, decay_of
+from xylem.training.objective_config import ObjectiveConfig, SampledConfig, decay_of
 from xylem.training.objectives import Sums, causal_lm
 
 Epsilon = Float[Array, ""] | float
