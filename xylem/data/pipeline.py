@@ -347,5 +347,7 @@ def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:
 
 def _among(rows: np.ndarray, taken: int, full: int) -> np.ndarray:
     """Rows of ``taken`` micro-batches as the first of ``full`` each, zeros behind them (row r is in r % taken)."""
-    cut = rows.reshape(-1, taken, *rows.shape[1:])
-    return np.pad(cut, [(0, 0), (0, full - taken)] + [(0, 0)] * (rows.ndim - 1)).reshape(-1, *rows.shape[1:])
+    each = len(rows) // taken
+    cut = rows.reshape(each, taken, *rows.shape[1:])
+    padded = np.pad(cut, [(0, 0), (0, full - taken)] + [(0, 0)] * (rows.ndim - 1))
+    return padded.reshape(each * full, *rows.shape[1:])
