@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Rung = Literal["ngram", "rnn", "lstm", "gpt2", "llama", "mamba"]
 RUNGS: tuple[Rung, ...] = ("ngram", "rnn", "lstm", "gpt2", "llama", "mamba")
 RESULT = "rung.json"
-POINTS = 8  # of each curve
+POINTS = 8  # of each curve; on the way a network reads some batches of the validation text, at its end all of it
 # An RNN at 2e-2 falls apart halfway; the gates of an LSTM hardly move at 1e-2.
 RATES = {"rnn": 1e-2, "lstm": 4e-2, "gpt2": 1e-2, "llama": 1e-2, "mamba": 1e-2}
 
@@ -185,7 +185,7 @@ def trained(config: RunConfig) -> dict[str, Any] | None:
         return None
     lines = (Path(config.run_dir) / METRICS).read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    measured = [row for row in rows if "validation_bits_per_byte" in row]
+    on_the_way = [row for row in rows[:-1] if "validation_bits_per_byte" in row]
     return {
         "parameters": parameters(config),
         "tokens": rows[-1]["tokens"],
@@ -193,7 +193,7 @@ def trained(config: RunConfig) -> dict[str, Any] | None:
         "perplexity": summary["validation_perplexity"],
         # The rate forgets within a minute: its peak is that of a machine with nothing else to do.
         "tokens_per_second": max(row["tokens_per_second"] for row in rows),
-        "curve": [[row["tokens"], row["validation_bits_per_byte"]] for row in measured],
+        "curve": [[row["tokens"], row["validation_bits_per_byte"]] for row in on_the_way],
     }
 
 
@@ -220,19 +220,18 @@ def counted(parsed: Arguments, data: Prepared) -> dict[str, Any]:
 
     config = CountingConfig(data=text_of(parsed), run_dir=str(Path(parsed.run_dir) / "ngram"))
     summary = count(config, sys.argv)
-    model, documents, curve = config.model(data.tokenizer.vocab_size, data.tokenizer.end_of_text), [], []
+    model, curve = config.model(data.tokenizer.vocab_size, data.tokenizer.end_of_text), []
     every = data.documents("train")
     for number in range(1, POINTS):
         documents = every[: max(1, len(every) * number // POINTS)]
         bits = counted_figures(model, ngram.count(documents, model), data, "validation")["bits_per_byte"]
         curve.append([sum(map(len, documents)) + len(documents), bits])
-    tokens = data.counts["train"]["tokens"]
     return {
         **{name: summary[name] for name in ("parameters", "tokens_per_second")},
-        "tokens": tokens,
-        "bits_per_byte": summary["validation_bits_per_byte"],
+        "tokens": (tokens := data.counts["train"]["tokens"]),
+        "bits_per_byte": (bits := summary["validation_bits_per_byte"]),
         "perplexity": summary["validation_perplexity"],
-        "curve": [*curve, [tokens, summary["validation_bits_per_byte"]]],
+        "curve": [*curve, [tokens, bits]],
     }
 
 

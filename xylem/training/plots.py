@@ -81,17 +81,19 @@ def gradient_curves(found: Mapping[str, Any], png_path: str | Path) -> None:
 def ladder_curves(rows: Sequence[Mapping[str, Any]], png_path: str | Path) -> None:
     """Draw what ``scripts/ladder.py`` found as a PNG that replaces `png_path` whole.
 
-    Each row is a model: its ``rung``, a ``curve`` of (tokens, validation bits per byte), ``tokens_per_second`` and
-    ``memory`` in bytes. On the left the curves; then speed and memory as bars, in the same order and colours.
+    Each row is a model: its ``rung``, a ``curve`` of (tokens, validation bits per byte) and where it ended, ``tokens``
+    and ``bits_per_byte``; ``tokens_per_second``, and ``memory`` in bytes. On the left the curves, their ends as dots;
+    then speed and memory as bars, in the same order and colours.
     """
     figure, axes = _figure(3)
     colours = _colours(len(rows))
-    scale, unit = _unit(max(tokens for row in rows for tokens, _ in row["curve"]), "tokens")
+    scale, unit = _unit(max(row["tokens"] for row in rows), "tokens")
     _style(axes[0], f"read ({unit})")
     _heading(axes[0], "validation (bits per byte of text)")
     for colour, row in zip(colours, rows, strict=True):
-        tokens, bits = zip(*row["curve"], strict=True)
-        axes[0].plot([x / scale for x in tokens], bits, color=colour, marker="o", markersize=3, label=row["rung"])
+        label = f"{row['rung']} {row['bits_per_byte']:.3f}"
+        axes[0].plot([tokens / scale for tokens, _ in row["curve"]], [bits for _, bits in row["curve"]], color=colour)
+        axes[0].plot(row["tokens"] / scale, row["bits_per_byte"], "o", color=colour, markersize=7, label=label)
     axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     for axis, key, over, heading in (
         (axes[1], "tokens_per_second", 1e3, "thousand tokens a second, counting or training"),
@@ -156,7 +158,8 @@ def _bars(axis: Any, values: Mapping[str, float], colours: Sequence[Any], headin
     axis.spines["bottom"].set_visible(False)
     axis.tick_params(axis="x", length=0, labelbottom=False, which="both")
     bars = axis.barh(list(values), list(values.values()), color=colours, height=0.6)
-    axis.bar_label(bars, [f"{value:,.3g}" for value in values.values()], padding=4, fontsize=9, color=INK)
+    texts = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values.values()]
+    axis.bar_label(bars, texts, padding=4, fontsize=9, color=INK)
     axis.invert_yaxis()
     axis.margins(x=0.15)
 
