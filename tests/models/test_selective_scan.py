@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 from operations import BAR, apart, normal, with_gradients
 
 from xylem.models import selective_scan as scans
@@ -218,5 +219,7 @@ def test_kernel_for_gpus_becomes_triton_code_in_both_directions(rule, rng_seed):
     args = case(np.random.default_rng(rng_seed), inner=130)
     loss = lambda args: selective_scan(**args, rule=rule, form="kernel")[0].sum()  # noqa: E731
     allowed = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda"], disabled_checks=allowed)(args)
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")  # jax 0.12 asks which one
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
+        exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda"], disabled_checks=allowed)(args)
     assert exported.mlir_module().count("__gpu$xla.gpu.triton") == 2, "one forward, one backward"
