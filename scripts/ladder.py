@@ -62,23 +62,47 @@ def main(arguments: list[str]) -> None:
     if parsed.only:
         return climb(parsed, parsed.only)
 
+    import contextlib
     import subprocess
     import sys
 
     from xylem.errors import Failure
 
-    if parsed.documents:
+    missing = [rung for rung in parsed.rungs if not climbed(parsed, rung)]
+    if parsed.documents and missing:
         keep_beginning(parsed)
-    for rung in parsed.rungs:
-        if (Path(parsed.run_dir) / rung / RESULT).is_file():
-            continue
+    for rung in missing:
         print(f"\n{rung}")
-        ended = subprocess.run([sys.executable, __file__, *arguments, "--only", rung]).returncode
-        if ended:
+        child = subprocess.Popen([sys.executable, __file__, *arguments, "--only", rung])
+        while child.returncode is None:
+            with contextlib.suppress(KeyboardInterrupt):  # the rung hears of it too, and saves
+                child.wait()
+        if ended := child.returncode:
             raise Failure(f"rung {rung} ended with code {ended}; those before it are kept")
         if not (Path(parsed.run_dir) / rung / RESULT).is_file():
             return print("stopped; the same command goes on")
     return show(parsed)
+
+
+def settings_of(parsed: Arguments) -> dict[str, Any]:
+    """What all rungs of a folder have in common, as JSON holds it."""
+    from dataclasses import asdict
+
+    return {name: value for name, value in asdict(parsed).items() if name not in ("rungs", "run_dir", "only")}
+
+
+def climbed(parsed: Arguments, rung: str) -> bool:
+    """Whether a rung's figures are there; ConfigError where they are of another text or size."""
+    import json
+
+    from xylem.errors import ConfigError
+
+    path = Path(parsed.run_dir) / rung / RESULT
+    if not path.is_file():
+        return False
+    if (there := json.loads(path.read_text())["settings"]) != settings_of(parsed):
+        raise ConfigError("run_dir", parsed.run_dir, f"its rung {rung} was climbed with {there}: name another folder")
+    return True
 
 
 def check(parsed: Arguments) -> None:
@@ -132,7 +156,8 @@ def climb(parsed: Arguments, rung: Rung) -> None:
     found = counted(parsed, data) if rung == "ngram" else trained(run_of(rung, parsed, data))
     if found is not None:
         unit = 1 if sys.platform == "darwin" else 1024
-        found = {"rung": rung, **found, "memory": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = {"rung": rung, "settings": settings_of(parsed), **found, "memory": memory}
         write_whole(Path(parsed.run_dir) / rung / RESULT, json.dumps(found, indent=2) + "\n")
 
 

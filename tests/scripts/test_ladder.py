@@ -34,6 +34,8 @@ def test_each_rung_reads_the_text_once_and_is_not_climbed_again(flags, tmp_path)
     assert (tmp_path / "ladder" / "ladder.png").read_bytes().startswith(b"\x89PNG")
     again = run("ladder", *flags, "--rungs", "lstm", "ngram")
     assert again.returncode == 0 and "step" not in again.stdout
+    with pytest.raises(ConfigError, match="rung ngram was climbed with"):
+        script("ladder")([*flags, "--rungs", "ngram", "--documents", "9"])
 
 
 def test_rungs_have_about_as_many_parameters():
