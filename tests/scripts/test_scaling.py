@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -58,6 +59,13 @@ def untrained(monkeypatch):
     return invented.trained
 
 
+def within(seconds, happened):
+    """Wait until something has happened, however busy the machine is; no longer than some seconds."""
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def runs(corpus, tmp_path):
     import importlib
@@ -104,7 +112,8 @@ def test_scaling_sweep_takes_over_the_run_of_a_process_that_died(runs, untrained
     with open_run(first.run_dir, dataclasses.asdict(first), (), changeable=CHANGEABLE):
         other = threading.Thread(target=sweep.train, args=(runs[:2], (), lambda text: None))
         other.start()
-        other.join(1.0)
+        within(60, lambda: untrained)
+        other.join(0.5)  # time enough to train the first, were it not held
         assert other.is_alive() and untrained == [runs[1].name]
     other.join(60)
     assert untrained == [runs[1].name, runs[0].name]
