@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -134,6 +135,15 @@ def test_a_state_of_another_order_is_refused(change, prepared):
         iterator.set_state(iterator.get_state() | {"step": -1})
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 1000])
+def test_evaluation_row_by_row_reads_the_text_in_order(prepared, batch_size):
+    batches = list(pipeline.eval_batches(prepared, "validation", batch_size, order="consecutive"))
+    rows = zip(*(zip(batch["labels"], batch["weights"], strict=True) for batch in batches), strict=True)
+    side_by_side = [token for row in rows for labels, weights in row for token in labels[weights == 1]]
+    in_order = [batch["labels"][batch["weights"] == 1] for batch in pipeline.eval_batches(prepared, "validation", 4)]
+    np.testing.assert_array_equal(side_by_side, np.concatenate(in_order))
+
+
 def test_evaluation_counts_every_label_once(prepared):
     for batch_size in (1, 4, 1000):
         labels = []
@@ -145,9 +155,11 @@ def test_evaluation_counts_every_label_once(prepared):
         assert prepared.tokenizer.decode([prepared.tokenizer.end_of_text, *labels]) == opened
 
 
-def test_evaluation_on_two_hosts_is_that_on_one(prepared):
-    whole = list(pipeline.eval_batches(prepared, "validation", 4))
-    parts = [list(pipeline.eval_batches(prepared, "validation", 4, process_index=h, process_count=2)) for h in (0, 1)]
+@pytest.mark.parametrize("order", ["text", "consecutive"])
+def test_evaluation_on_two_hosts_is_that_on_one(prepared, order):
+    read = partial(pipeline.eval_batches, prepared, "validation", 4, order=order)
+    whole = list(read())
+    parts = [list(read(process_index=h, process_count=2)) for h in (0, 1)]
     assert len(whole) == len(parts[0]) == len(parts[1])
     for expected, *local in zip(whole, *parts, strict=True):
         for host, batch in enumerate(local):

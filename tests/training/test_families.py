@@ -19,6 +19,7 @@ from xylem.models.settings import from_dict
 from xylem.sharding import make_mesh
 from xylem.training.checkpoint import load_params
 from xylem.training.config import MeshConfig, OptimizerConfig, RampConfig, RunConfig, check_tokenizer, writes
+from xylem.training.evaluate import evaluate
 from xylem.training.inputs import example_shapes, objective_data
 from xylem.training.loop import pretrain
 from xylem.training.objective_config import DenoisingConfig, MaskedConfig, ObjectiveConfig, SampledConfig, SpanConfig
@@ -78,6 +79,26 @@ def test_the_carried_state_is_that_of_all_text_read(run_of, rng_seed):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
     last = module.apply({"params": params}, jnp.asarray(tokens[-1]), cache=cache).cache
     assert not np.allclose(jax.tree.leaves(last.states)[0], jax.tree.leaves(whole.states)[0], atol=1e-4)
+
+
+def test_validation_of_a_carrying_run_is_one_pass_over_each_part_of_the_text(run_of):
+    config = run_of("rnn", "validated", steps=1, batch_size=3, evaluate_batches=1, mesh=MeshConfig(data=1))
+    summary = pretrain(config)
+    model = open_model(config.run_dir)
+    data = pipeline.prepare(config.data, lambda _: None)
+    batches = list(pipeline.eval_batches(data, "validation", config.batch_size, order="consecutive"))
+    text, labels, weights = (
+        np.concatenate([b[name] for b in batches], axis=1) for name in ("tokens", "labels", "weights")
+    )
+    segments = 1 + np.cumsum(text == data.tokenizer.end_of_text, axis=1).astype(np.int32)
+    out = model.module.apply({"params": model.params}, jnp.asarray(text), segments=jnp.asarray(segments))
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), jnp.asarray(labels)[..., None], axis=-1)[..., 0]
+    whole = float((losses * weights).sum() / weights.sum())
+    assert weights.sum() == data.counts["validation"]["tokens"] - 1
+    assert summary["validation_loss"] == pytest.approx(whole, rel=1e-5)
+    assert evaluate(model, config.data, "validation", 3, None)["loss"] == pytest.approx(whole, rel=1e-5)
+    apart = evaluate(model._replace(carries=False), config.data, "validation", 3, None)["loss"]
+    assert apart != pytest.approx(whole, rel=1e-4), "each window read by itself"
 
 
 def test_carried_rows_lie_with_their_batch(run_of):

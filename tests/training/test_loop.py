@@ -218,6 +218,18 @@ def test_finished_run_called_again_says_so_and_trains_nothing(base, finished, ha
     assert "already done" in capsys.readouterr().out
 
 
+def test_run_begun_before_a_field_existed_goes_on_with_the_fields_default(base, finished, halfway, tmp_path, capsys):
+    copy = copytree(halfway.run_dir, tmp_path / "run")
+    settings = json.loads((copy / "config.json").read_text())
+    del settings["ramp"], settings["objective"]["z_loss"]
+    (copy / "config.json").write_text(json.dumps(settings))
+    pretrain(replace(halfway, run_dir=str(copy)))
+    assert "already done" in capsys.readouterr().out
+    (copy / "config.json").write_text(json.dumps({**settings, "batches": 3}))
+    with pytest.raises(ConfigError, match=r"batches: there 3, now '\(absent\)'"):
+        pretrain(replace(halfway, run_dir=str(copy)))
+
+
 def test_run_whose_tokenizer_is_larger_than_the_vocabulary_is_refused(base, tmp_path):
     small = replace(base, model=replace(MODEL, vocab_size=200), run_dir=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"model.vocab_size: 200 .* the tokenizer bytes has 257 tokens"):

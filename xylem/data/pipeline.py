@@ -321,20 +321,29 @@ class TrainIterator:
 
 
 def eval_batches(
-    prepared: Prepared, split: str, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    prepared: Prepared,
+    split: str,
+    batch_size: int,
+    *,
+    order: Literal["text", "consecutive"] = "text",
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every window of a split once, in the order of the text; the last batch is filled with rows of weight 0.
+    """Every window of a split once; the last rows of the last batches are filled with weight 0.
 
-    All hosts get the same number of batches; host h of H has rows h, h + H, ... of each global batch.
+    In the order of the text, or ``consecutive``: as ``TrainIterator``'s, from the first window on. All hosts get the
+    same number of batches; host h of H has rows h, h + H, ... of each global batch.
 
     Raises:
         ConfigError: no such split, or a batch size that the hosts do not divide.
     """
     source = prepared.source(split)
-    local = _local_rows(batch_size, process_index, process_count)
-    for start in range(0, len(source), batch_size):
-        rows = range(start + process_index, min(start + batch_size, len(source)), process_count)
-        yield prepared.batch(source, list(rows), pad_to=local)
+    local, count = _local_rows(batch_size, process_index, process_count), len(source)
+    steps = -(-count // batch_size)
+    for step in range(steps):
+        rows = range(process_index, batch_size, process_count)
+        at = [step * batch_size + row if order == "text" else row * steps + step for row in rows]
+        yield prepared.batch(source, [place for place in at if place < count], pad_to=local)
 
 
 def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:

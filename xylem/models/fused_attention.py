@@ -128,14 +128,20 @@ def _attention_backward(scale, blocks, saved, g):
         dqs.append(rearrange(jnp.einsum("BKGTS,BKSH->BKGTH", dscores, k), "B K G T H -> B T (K G) H"))
         around = [(0, 0)] * 3 + [(columns.start, key.shape[1] - columns.stop)]
         if bias is not None:
-            slope = slope.sum(0, keepdims=True) if bias.shape[0] == 1 else slope
-            dbiases.append(jnp.pad(slope, [(0, 0), *around]))
+            dbiases.append(jnp.pad(_batch_sum(slope) if bias.shape[0] == 1 else slope, [(0, 0), *around]))
         weights = weights.astype(g.dtype)
         dvt += jnp.pad(jnp.einsum("BKGTH,BKGTS->BKHS", g_rows, weights, preferred_element_type=F32), around)
         dkt += jnp.pad(jnp.einsum("BKGTH,BKGTS->BKHS", q, dscores, preferred_element_type=F32), around)
     dk, dv = (rearrange(x, "B K H S -> B S K H").astype(key.dtype) for x in (dkt, dvt))
     dbias = None if bias is None else jnp.concatenate(dbiases, axis=3).astype(bias.dtype)
     return jnp.concatenate(dqs, axis=1), dk, dv, None, dbias
+
+
+def _batch_sum(x: Float[Array, "B K G T S"]) -> Float[Array, "1 K G T S"]:
+    """The sum over the batch as a product with ones, as in ``fused.add_bias``: left to itself XLA:CPU joins the sums of
+    all layers that share a bias to one, and works it off in one thread."""
+    rows = x.reshape(x.shape[0], -1)
+    return (jnp.ones((1, rows.shape[0]), x.dtype) @ rows).reshape(1, *x.shape[1:])
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

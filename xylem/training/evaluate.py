@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 
-from xylem.data import pipeline
+from xylem.data import examples, pipeline
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
 from xylem.models import ngram
 from xylem.models.ngram import NGramConfig
 from xylem.training import metrics
 from xylem.training.objective_config import ObjectiveConfig
-from xylem.training.objectives import Sums, causal_lm
+from xylem.training.objectives import Sums, causal_lm, next_window
 from xylem.training.restore import Model
 from xylem.training.step import eval_step
 
@@ -37,6 +39,14 @@ def figures(sums: Sequence[Sums], counts: dict[str, int] | None) -> dict[str, fl
         "perplexity": metrics.perplexity(nll / weight),
         "bits_per_byte": metrics.bits_per_byte(nll, bytes_read),
     }
+
+
+def carried(step: Any, params: Any, batches: Iterable[Any], carry: Any = None) -> Iterator[Sums]:
+    """``step(params, batch)`` of each batch in turn, handed what the one before it left; ``carry`` is the first's."""
+    for batch in batches:
+        sums = step(params, batch if carry is None else {**batch, "carry": carry})
+        carry = sums.carry
+        yield sums.replace(carry=None)
 
 
 def counted_figures(config: NGramConfig, tree: ngram.Tree, data: pipeline.Prepared, split: str) -> dict[str, float]:
@@ -69,7 +79,12 @@ def evaluate(model: Model, data: DataConfig, split: str, batch_size: int, limit:
         if limit is not None:
             raise ConfigError("limit", limit, "an n-gram model scores the whole split, in a second or so")
         return counted_figures(model.module.config, model.params, prepared, split)
-    step = jax.jit(partial(eval_step, loss=partial(causal_lm, model.module, ObjectiveConfig())))
-    batches = itertools.islice(pipeline.eval_batches(prepared, split, batch_size), limit)
-    sums = [step(model.params, batch) for batch in batches]
+    loss, carry, order = causal_lm, None, "text"
+    if model.carries:
+        loss, carry, order = next_window, model.module.init_cache(batch_size, 0), "consecutive"
+        end = prepared.tokenizer.end_of_text
+        prepared = dataclasses.replace(prepared, example=partial(examples.next_window, end=end))
+    step = jax.jit(partial(eval_step, loss=partial(loss, model.module, ObjectiveConfig())))
+    batches = pipeline.eval_batches(prepared, split, batch_size, order=order)
+    sums = list(itertools.islice(carried(step, model.params, batches, carry), limit))
     return {**figures(sums, prepared.counts[split]), "tokens": math.fsum(float(each.weight) for each in sums)}

@@ -21,13 +21,14 @@ from xylem.data import pipeline
 from xylem.data.config import cache_root
 from xylem.errors import NonFiniteError
 from xylem.launch import settle_jax
+from xylem.models.settings import from_dict
 from xylem.sharding import anywhere, batch_sharding, join_hosts, make_mesh
 from xylem.training import metrics as measure
 from xylem.training import report
 from xylem.training.checkpoint import Checkpoints
 from xylem.training.config import RunConfig, check_tokenizer, writes
 from xylem.training.console import console
-from xylem.training.evaluate import figures
+from xylem.training.evaluate import carried, figures
 from xylem.training.inputs import objective_data, train_flops_per_token
 from xylem.training.objectives import Sums
 from xylem.training.program import assemble
@@ -59,7 +60,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
 
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        space = {"changeable": CHANGEABLE, "needed_bytes": 2 * program.state_bytes}
+        space = {"changeable": CHANGEABLE, "complete": _completed, "needed_bytes": 2 * program.state_bytes}
         folder = enter(open_run(config.run_dir, settings, argv, writer=writer, **space))
         data = pipeline.prepare(config.data)
         check_tokenizer(config, data.tokenizer)
@@ -72,7 +73,8 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         state = make_state(program.create, program.abstract) if restored is None else restored.state
         start = 0 if restored is None else restored.step
         best = restored.metadata["best_validation"] if restored else sys.float_info.max
-        order = "consecutive" if config.objective.name == "truncated" else "shuffled"
+        consecutive = config.objective.name == "truncated"
+        order = "consecutive" if consecutive else "shuffled"
         batches = pipeline.TrainIterator(data, config.batch_size, config.seed, start, order=order, ramp=ramp, **hosts)
         if restored is not None:
             batches.set_state(restored.data_state)
@@ -82,16 +84,17 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         screen = enter(console(config.steps, config.log_every))
         for line in report.opening(config, data, mesh, state, restored):
             screen.note(line)
-        place = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+        place = partial(jax.tree.map, partial(jax.make_array_from_process_local_data, batch_sharding(mesh)))
         flops = train_flops_per_token(config)
         peak = measure.peak_flops(list(mesh.devices.flat))
         meter = measure.Meter(ramp.tokens_before, flops, peak, config.steps)
 
         def validation() -> Iterator[Sums]:
             """Sums of each validation batch in turn; of the averaged weights where kept."""
-            params = state.averaged
-            for batch in pipeline.eval_batches(data, "validation", config.batch_size // config.accumulate, **hosts):
-                yield program.validate(params, jax.tree.map(place, batch))
+            params, rows = state.averaged, config.batch_size // config.accumulate
+            order = "consecutive" if consecutive else "text"
+            read = pipeline.eval_batches(data, "validation", rows, order=order, **hosts)
+            yield from carried(program.validate, params, map(place, read), program.first_carry())
 
         def named(sums: Sequence[Sums]) -> dict[str, float]:
             counts = data.counts["validation"] if writes(config) else None
@@ -117,7 +120,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         sums, unread = [], validation()
         events = (config.evaluate_every, config.save_every, config.sample_every)
         for step in range(start + 1, config.steps + 1):
-            state, computed = program.step(state, jax.tree.map(place, next(batches)))
+            state, computed = program.step(state, place(next(batches)))
             if last is not None:
                 show(row_of(*last))  # the step before: this one is running meanwhile
             if notice := checkpoints.poll():
@@ -155,6 +158,11 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
             show(row | final)  # the last step's row waits for the whole split, its checkpoint does not
         final = {"step": step, **final}
         return report.closing(config, folder, data, program.module, state.averaged, final, screen.note)
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """What an older version wrote of a run, with the defaults of the fields that it did not know."""
+    return dataclasses.asdict(from_dict(RunConfig, settings))
 
 
 def due(every: int, step: int) -> bool:

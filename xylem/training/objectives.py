@@ -99,9 +99,9 @@ def next_window(
 ) -> Sums:
     """``truncated`` of a batch that also holds ``carry``, the cache the last one left, and ``opens``: the rows that
     begin a document and start from nothing."""
-    before = batch["carry"]
+    before, window = batch["carry"], {name: x for name, x in batch.items() if name != "carry"}
     cache = before.rewind(jnp.where(batch["opens"] > 0, 0, before.lengths))
-    sums, after = truncated(module, config, params, batch, cache, rng)
+    sums, after = truncated(module, config, params, window, cache, rng)
     return sums.replace(carry=after)
 
 

@@ -34,7 +34,7 @@ class Program(NamedTuple):
         create: makes the state before the first step.
         abstract: shape, type and sharding of every array of that state.
         step: (state, batch) -> (state, metrics), jitted; the state is donated.
-        validate: (params, batch) -> sums, jitted.
+        validate: (params, batch) -> sums, jitted; a batch may hold the ``carry`` of the one before it.
     """
 
     module: LanguageModel
@@ -42,6 +42,10 @@ class Program(NamedTuple):
     abstract: TrainState
     step: Any
     validate: Any
+
+    def first_carry(self) -> Any:
+        """What the first batch of a text is given to go on from; None where nothing is handed on."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self.abstract.carry)
 
     @property
     def state_bytes(self) -> int:
@@ -61,7 +65,7 @@ def assemble(config: RunConfig, mesh: Mesh) -> Program:
         raise ConfigError("batch_size", config.batch_size, allowed)
     module, optimizer = models.build(config.model), make_optimizer(config.optimizer, config.steps)
     carries = config.objective.name == "truncated"
-    judged = masked_lm if config.objective.name == "masked_lm" else causal_lm
+    judged = {"masked_lm": masked_lm, "truncated": next_window}.get(config.objective.name, causal_lm)
 
     def create() -> TrainState:
         params = module.init(jax.random.key(config.seed), jnp.zeros((1, 2), jnp.int32))["params"]

@@ -26,12 +26,14 @@ from xylem.training.run_folder import CHECKPOINTS, CONFIG
 
 
 class Model(NamedTuple):
-    """A module, its parameters, the tokenizer they were trained with, and the text: a run's own, else WikiText-2."""
+    """A module, its parameters, the tokenizer they were trained with, and the text: a run's own, else WikiText-2;
+    whether a text is read window by window, the state going on (``objectives.next_window``)."""
 
     module: LanguageModel
     params: Any
     tokenizer: tokenizers.Tokenizer
     data: DataConfig
+    carries: bool = False
 
 
 def open_model(name: str, dtype: str = "float32") -> Model:
@@ -43,7 +45,7 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     Raises:
         ConfigError: there is no such thing, it is no decoder, it is damaged, or tokenizer and model do not fit.
     """
-    path = Path(name)
+    path, carries = Path(name), False
     if not path.exists() and name in PRETRAINED:
         path = pretrained(name)
     if not path.exists():
@@ -54,7 +56,7 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     if (path / CHECKPOINTS).is_dir():
         params, metadata = _open_run(path)
         run = from_dict(RunConfig, metadata["config"])
-        config = _decoder(name, run.model)
+        config, carries = _decoder(name, run.model), run.objective.name == "truncated"
         tokenizer, data = _own_text(path, run.data, metadata["tokenizer_hash"])
     else:
         config, params = hub.load(path, dtype)
@@ -66,7 +68,7 @@ def open_model(name: str, dtype: str = "float32") -> Model:
         raise ConfigError("tokenizer", tokenizer.vocab_size, allowed)
     # One compiled layer for all: what is opened to be used is run a few times, not a few thousand.
     config = config.with_compute(replace(config.compute, layers="scan", dtype=dtype))
-    return Model(models.build(config), params, tokenizer, data)
+    return Model(models.build(config), params, tokenizer, data, carries)
 
 
 def _decoder(name: str, config: ModelConfig) -> ModelConfig:

@@ -23,7 +23,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,14 +43,16 @@ def open_run(
     *,
     changeable: Sequence[str] = ("steps",),
     needed_bytes: int = 0,
+    complete: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
     writer: bool = True,
 ) -> Iterator[Path]:
     """Create or reopen the run folder `folder` for the one process that may write it; a context manager.
 
     `config` is the resolved configuration, seed included: nested mappings of what JSON can hold. A folder that already
     holds one accepts only the same again, apart from the dotted fields that match a pattern of `changeable` (as
-    `steps` or `log.*`). `needed_bytes` is an estimate of what the run will write, checked against the free disk. With
-    `writer=False` nothing is locked, checked or written.
+    `steps` or `log.*`); `complete` fills in the fields that did not exist yet when it was written. `needed_bytes` is an
+    estimate of what the run will write, checked against the free disk. With `writer=False` nothing is locked, checked
+    or written.
 
     Raises BusyError (75) where another process holds the folder, ConfigError (2) where the configuration differs or the
     folder cannot be written, CheckpointError (4) where the disk is full.
@@ -67,7 +69,7 @@ def open_run(
         begun = (path / CONFIG).exists()
         _require_space(path, needed_bytes)
         with _told_as_failure(path):
-            _record_start(path, json.loads(json.dumps(config)), list(argv), changeable)
+            _record_start(path, json.loads(json.dumps(config)), list(argv), changeable, complete)
         try:
             yield path
         except ConfigError:
@@ -139,8 +141,8 @@ def _require_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _record_start(folder: Path, config: dict, argv: list[str], changeable: Sequence[str]) -> None:
-    changed = _changes(folder, config, changeable)
+def _record_start(folder: Path, config: dict, argv: list[str], changeable: Sequence[str], complete: Any) -> None:
+    changed = _changes(folder, config, changeable, complete)
     versions = _versions()
     write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     write_whole(folder / VERSIONS, json.dumps(versions, indent=2) + "\n")
@@ -149,10 +151,13 @@ def _record_start(folder: Path, config: dict, argv: list[str], changeable: Seque
     write_whole(folder / STARTS, before + json.dumps(start).encode() + b"\n")
 
 
-def _changes(folder: Path, config: dict, changeable: Sequence[str]) -> dict[str, list]:
+def _changes(folder: Path, config: dict, changeable: Sequence[str], complete: Any) -> dict[str, list]:
     """Fields whose value differs from the folder's: {field: [there, now]}; ConfigError where one may not."""
     try:
-        there = _flat(json.loads((folder / CONFIG).read_text()))
+        there = json.loads((folder / CONFIG).read_text())
+        with contextlib.suppress(ConfigError, TypeError):  # a run of another kind: the table below says so
+            there = json.loads(json.dumps(complete(there)))
+        there = _flat(there)
     except FileNotFoundError:
         return {}
     except ValueError:

@@ -90,6 +90,6 @@ def train_step(
     return state.replace(step=state.step + 1, nonfinite=bad, **moved), metrics
 
 
-def eval_step(params: Any, batch: Batch, *, loss: Loss) -> Sums:
+def eval_step(params: Any, batch: dict[str, Any], *, loss: Loss) -> Sums:
     """Sums of one validation batch, without dropout."""
     return loss(params, batch, None)
