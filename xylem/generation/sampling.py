@@ -132,7 +132,7 @@ def _read(
         cache = module.start(params, prompts, capacity, real)
         prompts, lengths, real = jnp.full((batch, 1), module.config.decoder_start), jnp.ones_like(lengths), None
     else:
-        cache = module.init_cache(batch, capacity)
+        cache = module.init_cache(batch, capacity, params)
     out: Any = module.apply({"params": params}, prompts, segments=real, cache=cache)
     return out.hidden[jnp.arange(batch), lengths - 1], out.cache  # the head sees one position a row, not the prompt
 

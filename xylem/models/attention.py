@@ -16,6 +16,7 @@ from xylem.models.fused import Choice
 from xylem.models.layers import Dense, merge_heads, side_by_side, split_heads
 from xylem.models.masks import Mask
 from xylem.models.positions import rotate
+from xylem.models.virtual import join_prefix
 
 
 class Context(struct.PyTreeNode):
@@ -96,6 +97,8 @@ class Attention(nn.Module):
             query, key = rotate(query, context.rope), rotate(key, context.rope)
         if cache is not None:
             cache, key, value = cache.update(layer, key, value)
+        elif self.has_variable("params", "prefix"):
+            key, value = join_prefix(self.variables["params"]["prefix"], key, value)
         rng = self.make_rng("dropout") if context.train and config.dropout > 0.0 else None
         fast = kernels.attention and cache is None
         out = weigh(query, key, value, context.mask, config, kernels, context.bias, rng, fast)
@@ -128,6 +131,8 @@ class CrossAttention(nn.Module):
                 Dense(width, config.init.kernel, config, kernels, name=name)(memory) for name, width in widths.items()
             )
             key, value = split_heads(key, config.head_dim), split_heads(value, config.head_dim)
+            if self.has_variable("params", "prefix"):
+                key, value = join_prefix(self.variables["params"]["prefix"], key, value)
         else:
             key, value = cache.memory(layer)
         rng = self.make_rng("dropout") if context.train and config.dropout > 0.0 else None

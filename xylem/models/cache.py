@@ -56,6 +56,15 @@ class KVCache(struct.PyTreeNode):
         at = lambda array: jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)  # noqa: E731
         return cache, at(cache.key), at(cache.value)
 
+    def fill(self, key: Float[Array, "L P K H"], value: Float[Array, "L P K H"]) -> KVCache:
+        """An empty cache with the same P keys and values at the start of every row."""
+        count = key.shape[1]
+        return self.replace(
+            key=self.key.at[:, :, :count].set(key[:, None].astype(self.key.dtype)),
+            value=self.value.at[:, :, :count].set(value[:, None].astype(self.value.dtype)),
+            lengths=jnp.full_like(self.lengths, count),
+        )
+
     def advance(self, tokens: Int[Array, "B"] | int) -> KVCache:
         """Count the ``tokens`` that every layer has just written, of all rows or of each."""
         return self.replace(lengths=self.lengths + tokens)

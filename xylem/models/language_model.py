@@ -34,8 +34,8 @@ class LanguageModel(nn.Module):
     """Base of the decoder families: a config, the door inside (``stack.py``), and the head apart from the rest.
 
     A family adds ``__call__(tokens, *, positions, segments, token_types, embeddings, cache, train) -> Output`` and
-    ``init_cache(batch, max_length)``, the empty cache of its layers. ``config`` has at least ``family``,
-    ``vocab_size``, ``max_length``, ``num_layers``, ``d_model``, ``head`` (tied or untied) and ``compute``.
+    ``init_cache(batch, max_length, params=None)``, the cache of its layers before a text. ``config`` has at least
+    ``family``, ``vocab_size``, ``max_length``, ``num_layers``, ``d_model``, ``head`` (tied or untied) and ``compute``.
     """
 
     config: Any

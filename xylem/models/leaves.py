@@ -52,6 +52,10 @@ class Leaf:
         """The weight as one plain array."""
         raise NotImplementedError
 
+    def rebase(self, weight: Array) -> Any:
+        """This leaf on another base, with which it stands for ``weight``: undoes ``materialize`` within rounding."""
+        raise NotImplementedError
+
     def specs(self, weight_spec: PartitionSpec) -> Any:
         """This leaf with a PartitionSpec in place of each array, given the weight's own."""
         raise NotImplementedError
@@ -62,9 +66,14 @@ def is_leaf(value: Any) -> bool:
     return isinstance(value, Leaf)
 
 
+def plain(weight: Array | Leaf) -> Array:
+    """A weight as one plain array, whatever it is made of."""
+    return weight.materialize() if isinstance(weight, Leaf) else weight
+
+
 def materialize(params: Any) -> Any:
     """The same tree with every leaf replaced by the plain array it stands for."""
-    return jax.tree.map(lambda w: w.materialize() if is_leaf(w) else w, params, is_leaf=is_leaf)
+    return jax.tree.map(plain, params, is_leaf=is_leaf)
 
 
 def contract(equation: str, x: Array, weight: Array | Leaf) -> Array:
@@ -72,7 +81,8 @@ def contract(equation: str, x: Array, weight: Array | Leaf) -> Array:
     return weight.einsum(equation, x) if isinstance(weight, Leaf) else jnp.einsum(equation, x, weight.astype(x.dtype))
 
 
-def _take(weight: Array | Leaf, ids: Array) -> Array:
+def take(weight: Array | Leaf, ids: Array) -> Array:
+    """Rows ``ids`` of a table, whatever it is made of."""
     return weight.take(ids) if isinstance(weight, Leaf) else jnp.take(weight, ids, axis=0)
 
 
@@ -114,11 +124,16 @@ class LowRank(Leaf):
 
     def take(self, ids: Int[Array, "..."]) -> Array:
         rows = jnp.take(self.a, ids, axis=0) @ self.b
-        return _take(self.base, ids) + self.scale * rows
+        return take(self.base, ids) + self.scale * rows
+
+    def _delta(self) -> Array:
+        return (self.scale[..., None, None] * (self.a @ self.b)).astype(self.dtype)
 
     def materialize(self) -> Array:
-        base = self.base.materialize() if isinstance(self.base, Leaf) else self.base
-        return base + (self.scale[..., None, None] * (self.a @ self.b)).astype(base.dtype)
+        return plain(self.base) + self._delta()
+
+    def rebase(self, weight: Array) -> LowRank:
+        return LowRank(weight - self._delta(), self.a, self.b, self.scale)
 
     def specs(self, weight_spec: PartitionSpec) -> LowRank:
         *layers, rows, columns = _pad(weight_spec, len(self.shape))

@@ -29,6 +29,7 @@ from xylem.models.layers import Adapter, Dense, Embed, Norm, Site, add_bias, ein
 from xylem.models.selective_scan import choose, selective_scan
 from xylem.models.stack import Sites, layer_runs, scan_layers
 from xylem.models.state_config import MambaConfig
+from xylem.models.virtual import Text, prepend, prompt_of
 from xylem.sharding import constrain
 
 F32 = jnp.float32
@@ -192,17 +193,19 @@ class MambaLM(LanguageModel):
         config, kernels = self.config, fused.choose(self.config.compute, jax.default_backend())
         self.check_call(token_types)
         embed = Embed(config.vocab_size, config.d_model, config.init.embedding, config, name="embed")
-        h = embed(tokens) if embeddings is None else embeddings
-        h = constrain(h.astype(F32), "batch", None, None)
+        h = (embed(tokens) if embeddings is None else embeddings).astype(F32)
+        prompt = None if cache is not None else prompt_of(dict(self.variables.get("params", {})))
+        text = prepend(prompt, Text(h, jnp.zeros((1, tokens.shape[1]), jnp.int32), segments, None), None)
         door = Sites(jnp.int32(-1), self.taps, self.intervene)
-        h = door("embed", h)
-        packed, real = (segments, None) if cache is None or segments is None else (None, segments > 0)
+        h = door("embed", constrain(text.h, "batch", None, None))
+        packed, real = (text.segments, None) if cache is None or segments is None else (None, segments > 0)
         context = Context(segments=packed, real=real)
         block = Block(config, kernels, parent=None)
         stacks = layer_runs(self, block, config.num_layers, h, context)
         taps = tuple(name for name in self.taps if name != "embed")
         remat, unroll = config.compute.remat, kernels.unroll
         h, cache, kept = scan_layers(block, stacks, h, context, cache, taps, self.intervene, remat, unroll)
+        h = h[:, h.shape[1] - tokens.shape[1] :]
         hidden = Norm(config, kernels, name="final_norm")(h).astype(config.compute.dtype)
         if config.head == "untied":
             Head(config, name="head")()
@@ -212,14 +215,21 @@ class MambaLM(LanguageModel):
         return Output(logits=logits, hidden=hidden, cache=cache, taps={**door.kept, **kept})
 
     @nn.nowrap
-    def init_cache(self, batch: int, max_length: int, history: int = 0) -> StateCache:
-        """An empty cache of ``batch`` rows, as large for any ``max_length``; ``history`` tokens can be taken back."""
+    def init_cache(self, batch: int, max_length: int, params: Any = None, history: int = 0) -> StateCache:
+        """A cache of ``batch`` rows, as large for any ``max_length``; ``history`` tokens can be taken back. It is
+        empty, or has read the virtual tokens of ``params`` already."""
         config = self.config
         state = {
             "conv": jax.ShapeDtypeStruct((config.conv_width - 1, config.d_inner), jnp.dtype(config.compute.dtype)),
             "ssm": jax.ShapeDtypeStruct((config.state_size, config.d_inner), F32),
         }
-        return StateCache.init(state, config.num_layers, batch, history)
+        cache = StateCache.init(state, config.num_layers, batch, history)
+        if params is None or (prompt := prompt_of(params)) is None:
+            return cache
+        rows = jnp.broadcast_to(prompt[None], (batch, *prompt.shape))
+        tokens = jnp.zeros(rows.shape[:2], jnp.int32)
+        out: Any = self.apply({"params": params}, tokens, embeddings=rows, cache=cache)
+        return out.cache
 
 
 # --- starting values --------------------------------------------------------------------------------------------------

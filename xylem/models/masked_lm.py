@@ -21,7 +21,8 @@ from xylem.models.language_model import LanguageModel, Output
 from xylem.models.layers import Dense, Norm, add_bias, parameter
 from xylem.models.masks import Mask
 from xylem.models.stack import Sites
-from xylem.models.transformer import check_length, embed_tokens, positions_of, run_layers
+from xylem.models.transformer import add_positions, check_length, embed_tokens, positions_of, run_layers
+from xylem.models.virtual import Text, prepend, prompt_of
 
 
 class EncoderOutput(Output):
@@ -72,10 +73,14 @@ class MaskedLM(LanguageModel):
             raise ValueError(f"cache: the {config.family} family reads whole texts and keeps none")
         if positions is None:
             positions = positions_of(tokens, segments)
-        h = embed_tokens(self, config, kernels, tokens, positions, token_types, embeddings, train)
+        text = Text(embed_tokens(config, tokens, embeddings), positions, segments, token_types)
+        text = prepend(prompt_of(dict(self.variables.get("params", {}))), text, None)
         door = Sites(jnp.int32(-1), self.taps, self.intervene)
-        mask = Mask(causal=False, query_segments=segments, key_segments=segments)
-        hidden, _, kept = run_layers(self, config, kernels, door("embed", h), mask, (positions, positions), None, train)
+        h = door("embed", add_positions(self, config, kernels, text, train))
+        mask = Mask(causal=False, query_segments=text.segments, key_segments=text.segments)
+        both = (text.positions, text.positions)
+        hidden, _, kept = run_layers(self, config, kernels, h, mask, both, None, train)
+        hidden = hidden[:, h.shape[1] - tokens.shape[1] :]
         # Every head is made at the start; later a tree may lack some, and what they would give is None.
         making, held = self.is_initializing(), dict(self.variables["params"])
         pooled = pair_logits = logits = None

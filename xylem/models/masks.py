@@ -5,7 +5,8 @@ A key is visible to a query when every part of the spec that is present allows i
 - ``causal``: the key's slot is not after the query's slot;
 - ``window``: the key lies fewer than ``window`` slots before the query (Mistral 2310.06825, section 2.1);
 - ``prefix``: slots below ``prefix`` are visible to all, before and after (T5 1910.10683, section 3.2.1);
-- ``segments``: query and key carry the same segment id, so packed documents do not see each other.
+- ``segments``: query and key carry the same segment id, so packed documents do not see each other; a key of segment
+  ``EVERYONE`` is seen by all.
 
 A *slot* is a place in the key sequence. A query's slot differs from its row index when a cache holds earlier keys:
 ``offset`` says how many keys stood before this row's first query.
@@ -18,6 +19,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
+
+EVERYONE = -1
 
 
 class Mask(struct.PyTreeNode):
@@ -45,9 +48,17 @@ class Mask(struct.PyTreeNode):
         if self.prefix is not None:
             allowed = allowed | (columns < self.prefix[:, None, None])
         if self.query_segments is not None and self.key_segments is not None:
-            same = self.query_segments[:, query, None] == self.key_segments[:, None, key]
-            allowed = allowed & same
+            seen = self.key_segments[:, None, key]
+            allowed = allowed & ((self.query_segments[:, query, None] == seen) | (seen == EVERYONE))
         return allowed
+
+    def behind(self, count: int, batch: int) -> Mask:
+        """The mask of the same queries when ``count`` keys that all may see stand in front of their own."""
+        offset = jnp.full(batch, count) if self.offset is None else self.offset + count
+        prefix = None if self.prefix is None else self.prefix + count
+        keys = self.key_segments
+        keys = None if keys is None else jnp.pad(keys, [(0, 0), (count, 0)], constant_values=EVERYONE)
+        return self.replace(offset=offset, prefix=prefix, key_segments=keys)
 
     def array(self, queries: int, keys: int) -> Bool[Array, "#B T S"]:
         """The whole mask, for the readable reference and for small sizes."""

@@ -55,7 +55,7 @@ class NGramLM(LanguageModel):
         return Output(logits=logits, hidden=hidden, cache=cache, taps={})
 
     @nn.nowrap
-    def init_cache(self, batch: int, max_length: int) -> TokenCache:
+    def init_cache(self, batch: int, max_length: int, params: Any = None) -> TokenCache:
         """An empty cache for ``max_length`` tokens a row."""
         return TokenCache.init(batch, max_length)
 

@@ -141,7 +141,7 @@ class RecurrentLM(LanguageModel):
         return Output(logits=logits, hidden=hidden, cache=cache, taps={**door.kept, **kept})
 
     @nn.nowrap
-    def init_cache(self, batch: int, max_length: int, history: int = 0) -> StateCache:
+    def init_cache(self, batch: int, max_length: int, params: Any = None, history: int = 0) -> StateCache:
         """The state before the first token in each of ``batch`` rows; ``rewind`` may go ``history`` tokens back.
 
         ``max_length`` is what other families need: a state takes the same room however many tokens it has read.

@@ -21,6 +21,7 @@ from xylem.models.layers import Embed, add_bias, einsum, split_heads
 from xylem.models.masks import Mask
 from xylem.models.stack import Intervention, Sites, runs
 from xylem.models.transformer import add_positions, check_length, positions_of, run_layers
+from xylem.models.virtual import Text, lengthened, prefix_length, prepend, prompt_of, stacked_prefix
 
 
 class Seq2Seq(LanguageModel):
@@ -75,11 +76,14 @@ class Seq2Seq(LanguageModel):
                 targets = jnp.ones_like(decoder_tokens)
         else:
             raise ValueError("tokens are missing, and so is a cache that holds what was made of them (start)")
+        if cache is None:
+            sources = lengthened(self._prompt(), sources, None)
         memory_mask = Mask(causal=False, query_segments=targets, key_segments=sources)
         if positions is None:
             positions = positions_of(decoder_tokens, decoder_segments, cache)
         h = self.embed(decoder_tokens)
-        hidden, cache, taps = self.decoder(h, positions, decoder_segments, cache, train, memory, memory_mask)
+        text = Text(h, positions, decoder_segments, None)
+        hidden, cache, taps = self.decoder(text, cache, train, memory, memory_mask)
         if self.config.head == "untied":
             self.output()
         logits = self.head(dict(self.variables["params"]), hidden)
@@ -96,10 +100,16 @@ class Seq2Seq(LanguageModel):
         embeddings: Float[Array, "B S D"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B S D"]:
-        """The encoder's final states."""
+        """The encoder's final states: of the virtual tokens, where there are some, and of ``tokens``."""
         check_length(self.config.encoder, tokens)
         h = self.embed(tokens) if embeddings is None else embeddings.astype(self.config.compute.dtype)
-        return self.encoder(h, positions_of(tokens, segments), segments, None, train)[0]
+        text = Text(h, positions_of(tokens, segments), segments, None)
+        return self.encoder(prepend(self._prompt(), text, None), None, train)[0]
+
+    @nn.nowrap
+    def _prompt(self) -> Float[Array, "P D"] | None:
+        """The virtual tokens that the encoder reads in front of every source."""
+        return prompt_of(dict(self.variables.get("params", {})))
 
     @nn.nowrap
     def start(
@@ -120,10 +130,21 @@ class Seq2Seq(LanguageModel):
                 made.append(split_heads(add_bias(y, part["bias"]) if "bias" in part else y, config.head_dim))
             return made[0], made[1]
 
-        pairs = [jax.vmap(remember)(params["decoder"][name]) for name in runs(params["decoder"])]
+        decoder, batch = params["decoder"], tokens.shape[0]
+        pairs = [jax.vmap(remember)(decoder[name]) for name in runs(decoder)]
         keys, values = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
-        real = jnp.ones_like(tokens) if segments is None else (segments > 0).astype(tokens.dtype)
-        return Seq2SeqCache(KVCache.init(config, tokens.shape[0], max_length), keys, values, real)
+        real: Any = jnp.ones_like(tokens) if segments is None else (segments > 0).astype(tokens.dtype)
+        real = lengthened(prompt_of(params), real, 1)
+        if front := prefix_length(decoder, "cross_attention"):
+            first = stacked_prefix(decoder, config.head_dim, "cross_attention")
+            spread = lambda x: jnp.broadcast_to(x[:, None], (x.shape[0], batch, *x.shape[1:]))  # noqa: E731
+            keys, values = (
+                jnp.concatenate([spread(x), own], axis=2) for x, own in zip(first, (keys, values), strict=True)
+            )
+            real = jnp.pad(real, [(0, 0), (front, 0)], constant_values=1)
+        front = prefix_length(decoder)
+        own = KVCache.init(config, batch, max_length + front)
+        return Seq2SeqCache(own.fill(*stacked_prefix(decoder, config.head_dim)) if front else own, keys, values, real)
 
 
 class Side(nn.Module):
@@ -136,9 +157,7 @@ class Side(nn.Module):
     @nn.compact
     def __call__(
         self,
-        h: Float[Array, "B T D"],
-        positions: Int[Array, "#B T"],
-        segments: Int[Array, "B T"] | None,
+        text: Text,
         cache: Seq2SeqCache | None,
         train: bool,
         memory: Float[Array, "B source D"] | None = None,
@@ -146,14 +165,13 @@ class Side(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any, dict[str, Array]]:
         """Final states, the cache and what was tapped, from looked-up embeddings."""
         config, kernels = self.config, fused.choose(self.config.compute, jax.default_backend())
-        h = add_positions(self, config, kernels, h, positions, None, train)
         door = Sites(jnp.int32(-1), self.taps, self.intervene)
-        h = door("embed", h)
+        h = door("embed", add_positions(self, config, kernels, text, train))
         causal = config.attention.mask == "causal"
         if cache is None:
-            mask, keys = Mask(causal=causal, query_segments=segments, key_segments=segments), positions
+            mask, keys = Mask(causal=causal, query_segments=text.segments, key_segments=text.segments), text.positions
         else:
             mask, keys = Mask(offset=cache.lengths), jnp.arange(cache.capacity)[None]
-        both = positions, keys
+        both = text.positions, keys
         hidden, cache, kept = run_layers(self, config, kernels, h, mask, both, cache, train, memory, memory_mask)
         return hidden, cache, {**door.kept, **kept}

@@ -26,9 +26,10 @@ from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice
 from xylem.models.language_model import Head, LanguageModel, Output
 from xylem.models.layers import MLP, Adapter, Dense, Embed, Norm
-from xylem.models.masks import Mask
+from xylem.models.masks import EVERYONE, Mask
 from xylem.models.positions import relative_buckets, rope_tables, segment_positions, sinusoidal
 from xylem.models.stack import Sites, layer_runs, scan_layers
+from xylem.models.virtual import Text, prefix_length, prepend, prompt_of, stacked_prefix
 from xylem.sharding import constrain
 
 
@@ -71,32 +72,19 @@ class Block(nn.Module):
 
 
 def embed_tokens(
-    module: nn.Module,
-    config: TransformerConfig,
-    kernels: Choice,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "#B T"],
-    token_types: Int[Array, "B T"] | None = None,
-    embeddings: Float[Array, "B T D"] | None = None,
-    train: bool = False,
-) -> Float[Array, "B T D"]:
-    """The stream before the first layer, from submodules of the calling ``module``: ``embed`` and what goes with it."""
+    config: TransformerConfig, tokens: Int[Array, "B T"], embeddings: Float[Array, "B T E"] | None
+) -> Float[Array, "B T E"]:
+    """Rows of the calling module's table ``embed``, or what is given instead."""
     look_up = Embed(config.vocab_size, config.embedding_size, config.init.embedding, config, name="embed")
-    h = look_up(tokens) if embeddings is None else embeddings.astype(config.compute.dtype)
-    return add_positions(module, config, kernels, h, positions, token_types, train)
+    return look_up(tokens) if embeddings is None else embeddings.astype(config.compute.dtype)
 
 
 def add_positions(
-    module: nn.Module,
-    config: TransformerConfig,
-    kernels: Choice,
-    h: Float[Array, "B T E"],
-    positions: Int[Array, "#B T"],
-    token_types: Int[Array, "B T"] | None = None,
-    train: bool = False,
+    module: nn.Module, config: TransformerConfig, kernels: Choice, text: Text, train: bool = False
 ) -> Float[Array, "B T D"]:
     """The stream before the first layer from looked-up embeddings, by submodules of the calling ``module``."""
     embedding, width = config.embedding, config.embedding_size
+    h, positions, _, token_types = text
     if embedding.scale == "sqrt_d_model":
         h = h * math.sqrt(config.d_model)
     if config.positions.kind == "learned":
@@ -136,6 +124,16 @@ def run_layers(
     Returns the final states, the cache and what was tapped.
     """
     where, rope, bias = config.positions, None, None
+    held = dict(module.variables.get("params", {}))
+    if "prefix" in held:
+        raise ValueError("prefix: it is still to be computed from its embeddings (peft.methods.prefix.fold)")
+    if cache is None and (front := prefix_length(held)):
+        mask = mask.behind(front, h.shape[0])
+        keys = positions[1] + front
+        before = jnp.broadcast_to(jnp.arange(front, dtype=keys.dtype), (keys.shape[0], front))
+        positions = positions[0] + front, jnp.concatenate([before, keys], axis=1)
+    if memory_mask is not None and cache is None and (front := prefix_length(held, "cross_attention")):
+        memory_mask = memory_mask.behind(front, h.shape[0])
     if where.rope_theta is not None:
         tables = fused.rope_tables if kernels.rope else rope_tables
         rope = tables(positions[0], config.head_dim, where.rope_theta, where.rope_scaling)
@@ -200,14 +198,17 @@ class CausalLM(LanguageModel):
         self._check(tokens, token_types)
         if positions is None:
             positions = positions_of(tokens, segments, cache)
-        h = embed_tokens(self, config, kernels, tokens, positions, token_types, embeddings, train)
+        prompt = None if cache is not None else prompt_of(dict(self.variables.get("params", {})))
+        text = Text(embed_tokens(config, tokens, embeddings), positions, segments, token_types)
+        text = prepend(prompt, text, EVERYONE)
         door = Sites(jnp.int32(-1), self.taps, self.intervene)
-        h = door("embed", h)
+        h = door("embed", add_positions(self, config, kernels, text, train))
         # What a cache holds is one document a row, and padding on its right lies after every real query.
-        packed = Mask(query_segments=segments, key_segments=segments)
+        packed = Mask(query_segments=text.segments, key_segments=text.segments)
         mask = packed if cache is None else Mask(offset=cache.lengths)
-        keys = positions if cache is None else jnp.arange(cache.capacity)[None]
-        hidden, cache, kept = run_layers(self, config, kernels, h, mask, (positions, keys), cache, train)
+        keys = text.positions if cache is None else jnp.arange(cache.capacity)[None]
+        hidden, cache, kept = run_layers(self, config, kernels, h, mask, (text.positions, keys), cache, train)
+        hidden = hidden[:, h.shape[1] - tokens.shape[1] :]
         if config.head == "untied":
             Head(config, name="head")()
         logits = self.head(dict(self.variables["params"]), hidden)
@@ -216,9 +217,21 @@ class CausalLM(LanguageModel):
         return Output(logits=logits, hidden=hidden, cache=cache, taps={**door.kept, **kept})
 
     @nn.nowrap
-    def init_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache for ``max_length`` tokens in each of ``batch`` rows."""
-        return KVCache.init(self.config, batch, max_length)
+    def init_cache(self, batch: int, max_length: int, params: Any = None) -> KVCache:
+        """A cache for ``max_length`` tokens in each of ``batch`` rows: empty, or with the virtual tokens of ``params``
+        read already."""
+        held: dict[str, Any] = {} if params is None else params
+        prompt, front = prompt_of(held), prefix_length(held)
+        count = front + (0 if prompt is None else prompt.shape[0])
+        cache = KVCache.init(self.config, batch, max_length + count)
+        if front:
+            cache = cache.fill(*stacked_prefix(held, self.config.head_dim))
+        if prompt is None:
+            return cache
+        rows = jnp.broadcast_to(prompt[None], (batch, *prompt.shape))
+        tokens = jnp.zeros(rows.shape[:2], jnp.int32)
+        out: Any = self.apply({"params": held}, tokens, embeddings=rows, cache=cache)
+        return out.cache
 
     @nn.nowrap
     def _check(self, tokens: Array, token_types: Array | None) -> None:

@@ -127,6 +127,6 @@ class WindowedLM(LanguageModel):
         return add_bias(super().head(params, hidden), params["head"]["bias"])
 
     @nn.nowrap
-    def init_cache(self, batch: int, max_length: int) -> TokenCache:
+    def init_cache(self, batch: int, max_length: int, params: Any = None) -> TokenCache:
         """An empty cache for ``max_length`` tokens a row."""
         return TokenCache.init(batch, max_length)

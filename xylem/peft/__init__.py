@@ -1,1 +1,23 @@
-"""Trees to trees: methods that change what of a pre-trained network is learned, and with which weights."""
+"""Trees to trees: methods that change what of a pre-trained network is learned, and with which weights.
+
+    params = peft.lora(params, key, rank=8, alpha=16)       a tree with grafts; the network is the same, and is not told
+    merged = peft.merge(params)                             plain arrays again
+
+Each method is a file of ``methods/`` and a config of ``config.py``. The calls come from ``calls.py`` when they are
+first asked for, so that configs can be read without jax.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xylem.peft.calls import METHODS, adapter, bitfit, dora, ia3, lora, merge, prefix, prompt, selection, unmerge
+
+__all__ = ["METHODS", "adapter", "bitfit", "dora", "ia3", "lora", "merge", "prefix", "prompt", "selection", "unmerge"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in __all__:
+        raise AttributeError(f"module 'xylem.peft' has no attribute {name!r}")
+    return getattr(import_module("xylem.peft.calls"), name)

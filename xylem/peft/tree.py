@@ -13,13 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
+from xylem.errors import ConfigError
 from xylem.models.conversion import flatten, unflatten
 from xylem.models.leaves import is_leaf
 from xylem.models.stack import run_length, runs
 from xylem.sharding import path_name
 
 Tree = dict[str, Any]
+Predicate = Callable[[str, Any], bool]  # of a path and the weight there
 _RUN = re.compile(r"(?:.*/)?layers(?:_\d+)?(?=/)")
 
 
@@ -88,7 +91,7 @@ def per_layer(function: Callable) -> Callable:
     return lifted
 
 
-def partition(params: Tree, predicate: Callable[[str, Any], bool]) -> tuple[Tree, Tree]:
+def partition(params: Tree, predicate: Predicate) -> tuple[Tree, Tree]:
     """``(chosen, rest)``: two trees of the same structure, None where the other one holds the weight.
 
     ``predicate(path, weight)`` chooses, a path reading ``layers/attention/query/kernel``. A leaf that is no array is
@@ -103,6 +106,48 @@ def combine(*trees: Tree) -> Tree:
     """The tree that ``partition`` cut: at each place the one value that is not None."""
     pick = lambda *xs: next((x for x in xs if x is not None), None)  # noqa: E731
     return jax.tree.map(pick, *trees, is_leaf=lambda x: x is None)
+
+
+def matrices(params: Tree, targets: str) -> dict[str, Any]:
+    """The matrices whose paths ``targets`` finds: path -> weight.
+
+    Matrices are kernels and embedding tables, stacked ones whole, be they arrays or leaves; a convolution's kernel is
+    none: it has a few numbers for each channel and mixes none. ``targets`` is a regular expression, searched for in
+    paths like ``layers/attention/query/kernel``.
+
+    Raises:
+        ConfigError: it is no regular expression, or finds no matrix.
+    """
+    flat = flatten(params)
+    named = [path for path in flat if path.endswith(("/kernel", "/embedding")) and not path.endswith("conv/kernel")]
+    found = {path: flat[path] for path in named if matches(targets, path)}
+    if not found:
+        raise ConfigError("targets", targets, f"it must find some of {', '.join(named)}")
+    return found
+
+
+def rewrite(params: Tree, targets: str, rule: Callable[[str, Any, PRNGKeyArray], Any], key: PRNGKeyArray) -> Tree:
+    """The tree with ``rule(path, weight, key)`` in place of each of ``matrices``; each has a key of its own.
+
+    Raises:
+        ConfigError: as ``matrices``.
+    """
+    found = matrices(params, targets)
+    keys = jax.random.split(key, len(found))
+    made = {path: rule(path, weight, each) for (path, weight), each in zip(found.items(), keys, strict=True)}
+    return unflatten(flatten(params) | made)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression finds something in a path.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return re.search(pattern, path) is not None
+    except re.error as error:
+        raise ConfigError("targets", pattern, f"a regular expression is wanted ({error})") from error
 
 
 def count(params: Tree) -> int:

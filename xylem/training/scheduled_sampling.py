@@ -60,16 +60,18 @@ def mixed_inputs(
     kept = jax.random.bernoulli(coins, epsilon, tokens.shape) | begins | (segments == 0)
     params = jax.lax.stop_gradient(params)
 
+    empty = module.init_cache(batch, length, params)
+
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
         (cache, drawn), (true, kept, begins, real, key) = carry, inputs
         token = jnp.where(kept, true, drawn)
-        cache = cache.rewind(jnp.where(begins, 0, cache.lengths))
+        cache = cache.rewind(jnp.where(begins, empty.lengths, cache.lengths))
         out: Any = module.apply({"params": params}, token[:, None], segments=real[:, None], cache=cache)
         drawn = jax.random.categorical(key, module.head(params, out.hidden[:, 0])).astype(tokens.dtype)
         return (out.cache, drawn), token
 
     inputs = (tokens.T, kept.T, begins.T, (segments > 0).astype(jnp.int32).T, jax.random.split(draws, length))
-    start = (module.init_cache(batch, length), tokens[:, 0])
+    start = (empty, tokens[:, 0])
     return jax.lax.scan(step, start, inputs)[1].T
 
 

@@ -1,0 +1,33 @@
+"""From a grafted tree back to plain arrays, and from those to the graft again."""
+
+from __future__ import annotations
+
+import jax
+
+from xylem.models.conversion import flatten
+from xylem.models.leaves import is_leaf, materialize
+from xylem.peft.tree import Tree
+
+# Nodes that a plain network has no place for.
+NODES = ("_adapter", "prefix", "prompt", "initial_state")
+
+
+def merge(params: Tree) -> Tree:
+    """The same network as a tree of plain arrays: every leaf's weight, its graft included.
+
+    Raises:
+        ValueError: the tree holds nodes that no weight can take in: adapters, prefixes, prompts.
+    """
+    held = sorted({path for path in flatten(params) if any(word.endswith(NODES) for word in path.split("/"))})
+    if held:
+        raise ValueError(f"merge: adapters, prefixes and prompts are no part of a weight; the tree holds {held[0]}")
+    return materialize(params)
+
+
+def unmerge(merged: Tree, grafted: Tree) -> Tree:
+    """The tree ``grafted`` once was, its bases taken from ``merged``, a tree that ``merge`` made of it.
+
+    Within rounding: (W + D) - D. Raises ValueError for a leaf that cannot tell.
+    """
+    undo = lambda leaf, weight: leaf.rebase(weight) if is_leaf(leaf) else weight  # noqa: E731
+    return jax.tree.map(undo, grafted, merged, is_leaf=is_leaf)

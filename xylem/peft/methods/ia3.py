@@ -1,0 +1,71 @@
+"""(IA)3 (2205.05638, section 3.3): keys, values and the feed-forward's inner activations are stretched by vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from xylem.models.leaves import Leaf, contract, plain, take
+from xylem.peft.config import IA3Config
+from xylem.peft.tree import Predicate, Tree, matches, rewrite
+
+
+@struct.dataclass
+class Rescaled(Leaf):
+    """``base`` with every column multiplied by ``stretch``, or with every row where ``stretch`` is (..., I, 1)."""
+
+    base: Any
+    stretch: Float[Array, "*L I 1"] | Float[Array, "*L 1 O"] | Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.base.dtype
+
+    def einsum(self, equation: str, x: Array) -> Array:
+        if equation != "...i,io->...o":
+            return jnp.einsum(equation, x, self.materialize().astype(x.dtype))
+        stretch = self.stretch.astype(x.dtype).reshape(*[1] * (x.ndim - 1), -1)
+        if self.stretch.shape[-1] == 1:
+            return contract(equation, x * stretch, self.base)
+        return contract(equation, x, self.base) * stretch
+
+    def take(self, ids: Int[Array, "..."]) -> Array:
+        if self.stretch.shape[-1] == 1:
+            return take(self.base, ids) * jnp.take(self.stretch, ids, axis=0)
+        return take(self.base, ids) * self.stretch.reshape(*[1] * ids.ndim, -1)
+
+    def materialize(self) -> Array:
+        return plain(self.base) * self.stretch
+
+    def rebase(self, weight: Array) -> Rescaled:
+        return Rescaled(weight / self.stretch, self.stretch)
+
+    def specs(self, weight_spec: PartitionSpec) -> Rescaled:
+        *layers, rows, columns = [*[None] * (len(self.shape) - len(weight_spec)), *weight_spec]
+        base = self.base.specs(weight_spec) if isinstance(self.base, Leaf) else weight_spec
+        by_row = self.stretch.shape[-1] == 1
+        return Rescaled(base, PartitionSpec(*layers, *((rows, None) if by_row else (None, columns))))
+
+
+def graft(params: Tree, key: PRNGKeyArray, config: IA3Config) -> Tree:
+    """The tree with vectors of ones; the network computes what it did, to the bit."""
+
+    def stretch(path: str, weight: Any, _: PRNGKeyArray) -> Rescaled:
+        *layers, rows, columns = weight.shape
+        shape = (rows, 1) if matches(config.inputs, path) else (1, columns)
+        return Rescaled(weight, jnp.ones((*layers, *shape), weight.dtype))
+
+    return rewrite(params, f"(?:{config.outputs})|(?:{config.inputs})", stretch, key)
+
+
+def trainable(params: Tree, config: IA3Config) -> Predicate:
+    """The vectors."""
+    return lambda path, _: path.endswith("/stretch")
