@@ -5,29 +5,51 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from grid import CELLS, EMPTY, NAMES, SETTINGS, base_of, logits, method_of, moved, texts
+from grid import CELLS, EMPTY, FEW, SETTINGS, base_of, logits, method_of, moved, texts
 from operations import apart
 
 from xylem.errors import ConfigError
+from xylem.models.conversion import flatten
 from xylem.models.leaves import is_leaf
 from xylem.peft import merging
+from xylem.peft.methods.dora import Stretched
 from xylem.peft.saving import fingerprint, load_adapter, save_adapter
 from xylem.peft.tree import combine, partition
 from xylem.sharding import path_name
 
 # How far a fresh graft may change what the network computes; absent: not by a bit.
-NEAR = {"dora": 1e-6, "houlsby": 1e-3, "pfeiffer": 1e-3}
+# Two programs, which XLA fuses each in its own way, differ by rounding, which T5's unscaled scores enlarge; that each
+# leaf is exact is another test.
+NEAR = {"houlsby": 1e-3, "pfeiffer": 1e-3}
+ROUNDING = {"t5": 2e-5}
 VIRTUAL = ("prompt", "prefix")  # they change what the network reads: their identity is another test
 
 
-@pytest.fixture(params=CELLS, ids="-".join)
+PARAMS = [pytest.param(one, marks=[] if one in FEW else pytest.mark.slow, id="-".join(one)) for one in CELLS]
+
+
+@pytest.fixture(params=PARAMS)
 def cell(request, rng_seed):
     method, family = request.param
     base, keys = base_of(family, rng_seed), jax.random.split(jax.random.key(rng_seed), 2)
     grafted = method_of(method).graft(base, keys[0], SETTINGS[method])
     return method, family, base, grafted, keys[1], texts(family, rng_seed)
+
+
+def test_fresh_leaves_contract_as_their_bases_do_to_the_bit(cell):
+    _, _, base, grafted, key, _ = cell
+    bases = flatten(base)
+    for path, leaf in flatten(grafted).items():
+        if is_leaf(leaf):
+            under = leaf.base.base if hasattr(leaf.base, "base") else leaf.base
+            np.testing.assert_array_equal(under, bases[path])
+            one_layer = partial(jax.tree.map, lambda x: x[0])
+            first, own = map(one_layer, (leaf, bases[path])) if "layers" in path else (leaf, bases[path])
+            x = jax.random.normal(key, (2, 3, own.shape[0]))
+            contracted, expected = first.einsum("...i,io->...o", x), jnp.einsum("...i,io->...o", x, own)
+            bar = 1e-6 if isinstance(leaf, Stretched) else 0.0  # lengths over themselves are 1 within rounding
+            assert apart([contracted], [expected]) <= bar, path
 
 
 def learns(method, params):
@@ -39,29 +61,47 @@ def test_a_graft_is_nothing_until_it_learns_and_then_alone_moves(cell):
     forward = partial(logits, family, method)
     trainable, frozen = partition(grafted, learns(method, grafted))
     away = moved(grafted, learns(method, grafted), key)
+    both = stacked(trainable, partition(away, learns(method, away))[0])
 
     @jax.jit
-    def facts(trainable, frozen, away):
-        cotangent = jax.random.normal(key, forward(away, batch).shape)
-        loss = lambda trainable: (forward(combine(trainable, frozen), batch) * cotangent).mean()  # noqa: E731
-        updates, _ = optax.sgd(1.0).update(jax.grad(loss)(trainable), optax.sgd(1.0).init(trainable), trainable)
-        new = optax.apply_updates(trainable, updates)
-        plain = merging.merge(away) if merges(method) else away
-        return forward(combine(trainable, frozen), batch), new, forward(away, batch), forward(plain, batch)
+    def steps(both):
+        """Outputs of the fresh graft and of one that has learned, and each after one step of descent."""
 
-    out, new, out_away, out_merged = facts(trainable, frozen, away)
+        def one(trainable):
+            def loss(trainable):
+                out = forward(combine(trainable, frozen), batch)
+                return (out * jax.random.normal(key, out.shape)).mean(), out
+
+            gradient, out = jax.grad(loss, has_aux=True)(trainable)
+            return out, jax.tree.map(jnp.subtract, trainable, gradient)
+
+        return jax.vmap(one)(both)
+
+    (out, out_away), new = steps(both)
+    new = jax.tree.map(lambda x: x[0], new)
     if method not in VIRTUAL:
-        apart_by = apart([out], [jax.jit(forward)(base, batch)])
-        assert apart_by <= NEAR.get(method, 0.0)
+        near = NEAR.get(method, ROUNDING.get(family, 2e-6))
+        assert apart([out], [plain(family, stacked(base, base), batch)[0]]) <= near
     assert apart([out_away], [out]) > 1e-3, "what learns matters"
-    assert apart([out_merged], [out_away]) <= 1e-5
+    if merges(method):
+        merged = merging.merge(away)
+        assert apart([plain(family, stacked(merged, merged), batch)[0]], [out_away]) <= 1e-5
     still = [path_name(p) for p, x in jax.tree_util.tree_leaves_with_path(new) if not changed(x, at(trainable, p))]
     # B of zero stops A's first gradient, and A of zero B's; a bias of keys has none at all.
     assert all(name.endswith(("/a", "/b", "key/bias")) for name in still), still
     assert len(still) < len(jax.tree.leaves(new))
     if merges(method) and method != "dora":
-        back = merging.unmerge(merging.merge(away), away)
-        assert drift(back, away) <= 2
+        assert drift(merging.unmerge(merged, away), away) <= 2
+
+
+def stacked(*trees):
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+@partial(jax.jit, static_argnums=0)
+def plain(family, both, batch):
+    """Two networks without grafts side by side."""
+    return jax.vmap(lambda params: logits(family, "lora", params, batch))(both)
 
 
 def merges(method: str) -> bool:
@@ -90,10 +130,9 @@ def drift(back, grafted) -> float:
 def test_a_graft_is_saved_and_comes_back(cell, tmp_path):
     method, _, base, grafted, key, _ = cell
     trained = moved(grafted, learns(method, grafted), key)
-    name = NAMES.get(method, method)
-    save_adapter(tmp_path, name, SETTINGS[method], trained, fingerprint(base))
-    found, config, params = load_adapter(tmp_path, base)
-    assert (found, config) == (name, SETTINGS[method])
+    save_adapter(tmp_path, SETTINGS[method], trained, fingerprint(base))
+    config, params = load_adapter(tmp_path, base)
+    assert config == SETTINGS[method]
     jax.tree.map(np.testing.assert_array_equal, params, trained)
     size = sum(x.size for x in jax.tree.leaves(partition(trained, learns(method, trained))[0]))
     assert (tmp_path / "adapter.safetensors").stat().st_size < 4 * size + 9000

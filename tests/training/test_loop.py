@@ -24,7 +24,7 @@ from xylem.data.config import DataConfig
 from xylem.errors import ConfigError, NonFiniteError
 from xylem.models.llama import llama
 from xylem.models.settings import Compute
-from xylem.training import loop
+from xylem.training import program
 from xylem.training.checkpoint import load_params
 from xylem.training.config import MeshConfig, OptimizerConfig, RunConfig
 from xylem.training.loop import pretrain
@@ -245,7 +245,7 @@ def test_run_with_an_impossible_sample_prompt_is_refused_before_its_state_is_mad
     def never(*_):
         raise AssertionError("the state was made")
 
-    monkeypatch.setattr(loop, "make_state", never)
+    monkeypatch.setattr(program, "make_state", never)
     with pytest.raises(ConfigError, match=f"sample_prompt: '{prompt}' is not possible; {said}"):
         pretrain(replace(base, sample_prompt=prompt, run_dir=str(tmp_path / "run")))
 

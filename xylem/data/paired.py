@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from xylem.data import pairs, pipeline
+from xylem.data.listed import Records
 from xylem.errors import ConfigError
 
 
@@ -26,17 +27,17 @@ class PreparedPairs(pipeline.Prepared):
     seed: int = 0
 
     @cached_property
-    def _sources(self) -> dict[str, "_Records"]:
+    def _sources(self) -> dict[str, Records]:
         return {}
 
-    def source(self, split: str) -> "_Records":
+    def source(self, split: str) -> Records:
         """Random access to a split, as ``pipeline.Prepared.source``; records are those of ``pairs.records``.
 
         Raises:
             ConfigError: no such split, or one that holds too little for a pair.
         """
         if split not in self._sources:
-            self._sources[split] = _Records(pairs.records(self._pairs(split), self.config.sequence_length, self.sep))
+            self._sources[split] = Records(pairs.records(self._pairs(split), self.config.sequence_length, self.sep))
         return self._sources[split]
 
     def _pairs(self, split: str) -> list[pairs.Pair]:
@@ -56,17 +57,10 @@ class PreparedPairs(pipeline.Prepared):
             raise ConfigError("data.corpus", self.corpus.name, f"its {split} split has no two sentences in a row")
         return made
 
-    def _records(self, source: "_Records", rows: Sequence[int]) -> list[dict[str, Any]]:
+    def _records(self, source: Records, rows: Sequence[int]) -> list[dict[str, Any]]:
         return source.__getitems__(rows)  # made a moment ago: nothing on disk could have damaged them
 
 
 def paired(prepared: pipeline.Prepared, **own: Any) -> PreparedPairs:
     """The pairs of a prepared corpus; ``own`` are the attributes of ``PreparedPairs``."""
     return PreparedPairs(**prepared.parts(), **own)
-
-
-class _Records(list[dict[str, Any]]):
-    """A list that is read as TFDS's sources are."""
-
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        return [self[row] for row in rows]

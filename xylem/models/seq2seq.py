@@ -99,7 +99,7 @@ class Seq2Seq(LanguageModel):
         segments: Int[Array, "B S"] | None = None,
         embeddings: Float[Array, "B S D"] | None = None,
         train: bool = False,
-    ) -> Float[Array, "B S D"]:
+    ) -> Float[Array, "B source D"]:
         """The encoder's final states: of the virtual tokens, where there are some, and of ``tokens``."""
         check_length(self.config.encoder, tokens)
         h = self.embed(tokens) if embeddings is None else embeddings.astype(self.config.compute.dtype)

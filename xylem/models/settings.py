@@ -29,10 +29,12 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     def build(name: str, value: Any) -> Any:
         nested: list[Any] = [each for each in (hints[name], *get_args(hints[name])) if is_dataclass(each)]
         if not nested or not isinstance(value, Mapping):
-            return value
-        # Of several classes it is the smallest that has these fields; what it has besides is younger than the file.
+            return tuple(value) if get_origin(hints[name]) is tuple else value  # JSON has lists alone
+        # Of several classes it is the one of that name, or the smallest that has these fields; what it has besides is
+        # younger than the file.
+        named = [each for each in nested if "name" in value and getattr(each, "name", None) == value["name"]]
         fitting = [each for each in nested if {one.name for one in fields(each)} >= set(value)]
-        return from_dict(min(fitting, key=lambda each: len(fields(each)), default=nested[0]), value)
+        return from_dict(min(named or fitting, key=lambda each: len(fields(each)), default=nested[0]), value)
 
     return kind(**{name: build(name, value) for name, value in values.items()})
 

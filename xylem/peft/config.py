@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from xylem.errors import ConfigError
@@ -36,6 +36,7 @@ class LoRAConfig:
     scaling: Literal["standard", "stabilized"] = "standard"
     init: Literal["kaiming", "gaussian"] = "kaiming"
     rate_ratio: float = 1.0
+    name: Literal["lora", "dora"] = field(default="lora", kw_only=True)
 
     def __post_init__(self):
         check_choices(self)
@@ -53,6 +54,8 @@ class LoRAConfig:
 class DoRAConfig(LoRAConfig):
     """LoRA of the columns' directions, their lengths learned apart (DoRA 2402.09353)."""
 
+    name: Literal["lora", "dora"] = field(default="dora", kw_only=True)
+
 
 @dataclass(frozen=True)
 class IA3Config:
@@ -67,6 +70,7 @@ class IA3Config:
 
     outputs: str = r"attention/(key|value)/kernel|mixer/input/kernel"
     inputs: str = r"mlp/down/kernel|mixer/output/kernel"
+    name: Literal["ia3"] = field(default="ia3", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class AdapterConfig:
     size: int = 64
     places: Literal["both", "mlp"] = "both"
     std: float = 1e-3
+    name: Literal["adapter"] = field(default="adapter", kw_only=True)
 
     def __post_init__(self):
         check_choices(self)
@@ -102,6 +107,7 @@ class PromptConfig:
 
     length: int = 20
     ids: tuple[int, ...] = ()
+    name: Literal["prompt"] = field(default="prompt", kw_only=True)
 
     def __post_init__(self):
         check_sizes(self, "length")
@@ -120,6 +126,7 @@ class PrefixConfig:
     length: int = 20
     hidden: int = 512
     std: float = 0.02
+    name: Literal["prefix"] = field(default="prefix", kw_only=True)
 
     def __post_init__(self):
         check_sizes(self, "length")
@@ -136,6 +143,7 @@ class BitFitConfig:
     """
 
     missing: Literal["refuse", "add"] = "refuse"
+    name: Literal["bitfit"] = field(default="bitfit", kw_only=True)
 
     def __post_init__(self):
         check_choices(self)
@@ -152,6 +160,7 @@ class SelectionConfig:
 
     last: int = 0
     targets: str | None = None
+    name: Literal["selection"] = field(default="selection", kw_only=True)
 
     def __post_init__(self):
         if self.last < 0:

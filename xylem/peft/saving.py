@@ -1,7 +1,7 @@
 """Adapters as files: what was trained alone, what made it, and which base it belongs to.
 
     adapter.safetensors    the trained arrays, by path
-    adapter.json           method, its config, the base's hash
+    adapter.json           the method's config, the base's hash
 
 The grafts' other arrays (scales, structure) come from the config again; so a file of rank 8 for a model of 135 million
 parameters takes megabytes.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,30 @@ ARRAYS, SETTINGS = "adapter.safetensors", "adapter.json"
 def fingerprint(params: Tree) -> str:
     """A hash of a base: of every weight's path, shape, type and bytes."""
     digest = hashlib.sha256()
-    for path, weight in sorted(_arrays(params).items()):
+    for path, weight in sorted(arrays(params).items()):
         array = np.ascontiguousarray(weight)
         digest.update(f"{path} {array.shape} {array.dtype}\n".encode())
         digest.update(array.data if array.size else b"")
     return digest.hexdigest()
 
 
-def save_adapter(folder: str | Path, method: str, config: Any, params: Tree, base: str) -> None:
-    """Write what ``method`` trained in ``params`` to a folder; ``base`` is the ``fingerprint`` it was grafted onto."""
-    learns = METHODS[method].trainable(params, config)
-    trained = {name: np.asarray(x) for name, x in _arrays(tree.partition(params, learns)[0]).items()}
-    content = save(trained)
-    settings = {"method": method, "config": dataclasses.asdict(config), "base": base}
-    settings["arrays"] = hashlib.sha256(content).hexdigest()
+def save_adapter(folder: str | Path, config: Any, params: Tree, base: str) -> None:
+    """Write what a method trained in ``params`` to a folder; ``base`` is the ``fingerprint`` it was grafted onto."""
+    learns = METHODS[config.name].trainable(params, config)
+    write(folder, config, tree.partition(params, learns)[0], base)
+
+
+def write(folder: str | Path, config: Any, trained: Any, base: str) -> None:
+    """``save_adapter`` of what is trained alone."""
+    content = save({name: np.asarray(x) for name, x in arrays(trained).items()})
+    settings = {"config": dataclasses.asdict(config), "base": base, "sha256": hashlib.sha256(content).hexdigest()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder) / ARRAYS, content)
     write_whole(Path(folder) / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
-def load_adapter(folder: str | Path, base: Tree) -> tuple[str, Any, Tree]:
-    """``(method, config, params)``: the base with the saved graft.
+def load_adapter(folder: str | Path, base: Tree) -> tuple[Any, Tree]:
+    """``(config, params)``: a method's choices, and the base with the saved graft.
 
     Raises:
         ConfigError: it was trained on another base, or there is no adapter.
@@ -64,22 +68,31 @@ def load_adapter(folder: str | Path, base: Tree) -> tuple[str, Any, Tree]:
     settings = read_object(path / SETTINGS, "adapter")
     if (own := fingerprint(base)) != settings["base"]:
         raise ConfigError("adapter", str(path), f"its base has hash {settings['base'][:12]}, this one {own[:12]}")
-    method = METHODS[settings["method"]]
+    method = METHODS[settings["config"]["name"]]
     config = from_dict(method.config, settings["config"])
     try:
-        if hashlib.sha256((path / ARRAYS).read_bytes()).hexdigest() != settings["arrays"]:
+        if hashlib.sha256((path / ARRAYS).read_bytes()).hexdigest() != settings["sha256"]:
             raise CheckpointError(f"{path / ARRAYS}: its hash is not the one that was written")
         trained = load_file(path / ARRAYS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / ARRAYS}: {error}") from error
-    params = method.graft(base, jax.random.key(0), config)
-    place = lambda where, x: trained.pop(path_name(where), x)  # noqa: E731
-    params = jax.tree_util.tree_map_with_path(place, params)
-    if trained:
-        raise CheckpointError(f"{path / ARRAYS}: {next(iter(trained))} has no place in this network")
-    return settings["method"], config, params
+    params = placed(method.graft(base, jax.random.key(0), config), trained)
+    return config, params
 
 
-def _arrays(params: Any) -> dict[str, Any]:
+def placed(params: Tree, trained: Mapping[str, Any]) -> Tree:
+    """The tree with arrays put where their paths say.
+
+    Raises:
+        CheckpointError: one has no place in it.
+    """
+    left = dict(trained)
+    params = jax.tree_util.tree_map_with_path(lambda path, x: left.pop(path_name(path), x), params)
+    if left:
+        raise CheckpointError(f"{next(iter(left))} has no place in this network")
+    return params
+
+
+def arrays(params: Any) -> dict[str, Any]:
     """Every array by path, those inside leaves by their field."""
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}

@@ -149,7 +149,7 @@ class RunConfig:
             raise ConfigError("ramp.start", self.ramp.start, allowed)
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise ConfigError("ema", self.ema, "it must lie in (0, 1), or be None")
-        allowed = objectives_of(self.model)
+        allowed = self.objectives
         if self.objective.name not in allowed:
             raise ConfigError("objective.name", self.objective.name, f"this model learns by {' or '.join(allowed)}")
         if self.objective.name == "truncated" and self.accumulate > 1:
@@ -166,6 +166,11 @@ class RunConfig:
         if needed > objective.sentinels:
             allowed = f"at least {needed}: that many spans are taken out of {length} tokens"
             raise ConfigError("objective.sentinels", objective.sentinels, allowed)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the model can learn by."""
+        return objectives_of(self.model)
 
     @property
     def batch_ramp(self) -> BatchRamp:

@@ -10,15 +10,17 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from xylem.data import pipeline
 from xylem.data.config import cache_root
+from xylem.data.pipeline import Prepared
 from xylem.errors import NonFiniteError
 from xylem.launch import settle_jax
 from xylem.models.settings import from_dict
@@ -29,13 +31,13 @@ from xylem.training.checkpoint import Checkpoints
 from xylem.training.config import RunConfig, check_tokenizer, writes
 from xylem.training.console import console
 from xylem.training.evaluate import carried, figures
+from xylem.training.finetune_config import FinetuneConfig
 from xylem.training.inputs import objective_data, train_flops_per_token
 from xylem.training.objectives import Sums
-from xylem.training.program import assemble
+from xylem.training.program import Program, assemble
 from xylem.training.run_folder import CHECKPOINTS, METRICS, open_run
 from xylem.training.schedules import make_schedule
 from xylem.training.signals import stop_requests
-from xylem.training.state import make_state
 
 NONFINITE_LIMIT = 3  # steps in a row
 # What may differ when a run folder is opened again: how far to go, how to watch, on which devices.
@@ -44,7 +46,21 @@ CHANGEABLE = ("steps", "mesh.*", "*_every", "evaluate_batches", "keep", "sample_
 
 
 def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
-    """Train a language model as ``config`` says, or go on with what its run folder holds; returns the final figures.
+    """Train a language model from nothing as ``config`` says: ``train`` on a corpus."""
+    return train(config, partial(assemble, config), corpus_of, argv)
+
+
+def corpus_of(config: RunConfig) -> Prepared:
+    """The corpus of a run as its objective reads it."""
+    data = pipeline.prepare(config.data)
+    check_tokenizer(config, data.tokenizer)
+    return objective_data(config, data)
+
+
+def train(
+    config: RunConfig, program_on: Callable[[Mesh], Program], data_of: Callable[[Any], Prepared], argv: Sequence[str]
+) -> dict[str, Any]:
+    """Train as ``config`` says, or go on with what its run folder holds; returns the final figures.
 
     The run folder gets the resolved config, versions, ``metrics.jsonl``, TensorBoard events, checkpoints, the
     tokenizer, samples, a loss curve and ``summary.json``. Stopped by SIGTERM or Ctrl-C it saves and returns; the same
@@ -53,7 +69,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
     settle_jax(cache_root(config.data.cache_dir) / "xla")
     join_hosts()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    program = assemble(config, mesh)
+    program = program_on(mesh)
     schedule, ramp = make_schedule(config.optimizer, config.steps), config.batch_ramp
     settings, writer = dataclasses.asdict(config), jax.process_index() == 0
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -62,15 +78,13 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         enter = stack.enter_context
         space = {"changeable": CHANGEABLE, "complete": _completed, "needed_bytes": 2 * program.state_bytes}
         folder = enter(open_run(config.run_dir, settings, argv, writer=writer, **space))
-        data = pipeline.prepare(config.data)
-        check_tokenizer(config, data.tokenizer)
+        data = data_of(config)
         if writer:
             data.tokenizer.save(folder / "tokenizer")
-        data = objective_data(config, data)
         checkpoints = enter(Checkpoints(folder / CHECKPOINTS, config.keep))
         enter(jax.set_mesh(mesh))
-        restored = checkpoints.restore(program.abstract)
-        state = make_state(program.create, program.abstract) if restored is None else restored.state
+        restored = checkpoints.restore(program.saved(program.abstract))
+        state = program.start() if restored is None else program.resume(restored.state)
         start = 0 if restored is None else restored.step
         best = restored.metadata["best_validation"] if restored else sys.float_info.max
         consecutive = config.objective.name == "truncated"
@@ -141,7 +155,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
                 show(row)
             if (finishing or improved or due(config.save_every, step)) and int(state.nonfinite) == 0:
                 metadata = {"config": settings, "tokenizer_hash": data.tokenizer.hash, "best_validation": best}
-                if notice := checkpoints.save(step, state, batches.get_state(), metadata, best=improved):
+                if notice := checkpoints.save(step, program.saved(state), batches.get_state(), metadata, best=improved):
                     screen.note(notice)
             if due(config.sample_every, step) and not finishing and writes(config):
                 screen.note(report.sample(program.module, state.averaged, data.tokenizer, config.sample_prompt))
@@ -162,7 +176,7 @@ def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
     """What an older version wrote of a run, with the defaults of the fields that it did not know."""
-    return dataclasses.asdict(from_dict(RunConfig, settings))
+    return dataclasses.asdict(from_dict(FinetuneConfig if "base" in settings else RunConfig, settings))
 
 
 def due(every: int, step: int) -> bool:

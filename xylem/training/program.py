@@ -17,12 +17,13 @@ from xylem import models
 from xylem.errors import ConfigError
 from xylem.models.language_model import LanguageModel
 from xylem.sharding import BATCH
+from xylem.training.classification import text_classification
 from xylem.training.config import RunConfig
 from xylem.training.objective_config import ObjectiveConfig, SampledConfig
 from xylem.training.objectives import causal_lm, masked_lm, next_window
 from xylem.training.optimizers import make_optimizer
 from xylem.training.scheduled_sampling import make_decay, scheduled_sampling
-from xylem.training.state import TrainState, abstract_state, new_state
+from xylem.training.state import TrainState, abstract_state, everything, make_state, new_state
 from xylem.training.step import Batch, Loss, eval_step, train_step
 
 
@@ -31,17 +32,33 @@ class Program(NamedTuple):
 
     Attributes:
         module: the network.
-        create: makes the state before the first step.
+        create: makes the state before the first step, from ``given``.
         abstract: shape, type and sharding of every array of that state.
         step: (state, batch) -> (state, metrics), jitted; the state is donated.
         validate: (params, batch) -> sums, jitted; a batch may hold the ``carry`` of the one before it.
+        given: the weights that ``create`` is given; none for a network that begins fresh.
+        keeps: whether a checkpoint has the frozen weights; else they are made again, of ``given``.
     """
 
     module: LanguageModel
-    create: Callable[[], TrainState]
+    create: Callable[..., TrainState]
     abstract: TrainState
     step: Any
     validate: Any
+    given: tuple[Any, ...] = ()
+    keeps: bool = True
+
+    def start(self) -> TrainState:
+        """The state before the first step, born sharded."""
+        return make_state(self.create, self.abstract, *self.given)
+
+    def saved(self, state: TrainState) -> TrainState:
+        """What a checkpoint has of a state."""
+        return state if self.keeps else state.replace(frozen=None)
+
+    def resume(self, saved: TrainState) -> TrainState:
+        """The state that a checkpoint was ``saved`` from."""
+        return saved if self.keeps else saved.replace(frozen=self.start().frozen)
 
     def first_carry(self) -> Any:
         """What the first batch of a text is given to go on from; None where nothing is handed on."""
@@ -53,7 +70,35 @@ class Program(NamedTuple):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.abstract))
 
 
-def assemble(config: RunConfig, mesh: Mesh) -> Program:
+class Start(NamedTuple):
+    """Where a run begins, and what it changes.
+
+    Attributes:
+        params: ``(module, key, *given) -> params``.
+        given: weights that the parameters are made of.
+        trains: which of them learn, of ``params``.
+        fold: what the network is given, of ``params``.
+        optimizer: around the optimizer of the config.
+        keeps: see ``Program``.
+    """
+
+    params: Callable[..., Any]
+    given: tuple[Any, ...] = ()
+    trains: Callable[[Any], Callable[[str, Any], bool]] = lambda params: everything
+    fold: Callable[[Any], Any] = lambda params: params
+    optimizer: Callable[[Any], Any] = lambda inner: inner
+    keeps: bool = True
+
+
+def fresh(module: LanguageModel, key: Any) -> Any:
+    """A network as it is born."""
+    return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+FRESH = Start(fresh)
+
+
+def assemble(config: RunConfig, mesh: Mesh, begin: Start = FRESH) -> Program:
     """The program of a run on a mesh; nothing is compiled or allocated yet.
 
     Raises:
@@ -63,31 +108,41 @@ def assemble(config: RunConfig, mesh: Mesh) -> Program:
     if config.batch_size % parts:
         allowed = f"mesh.data x mesh.fsdp x accumulate = {parts} must divide it"
         raise ConfigError("batch_size", config.batch_size, allowed)
-    module, optimizer = models.build(config.model), make_optimizer(config.optimizer, config.steps)
+    module, optimizer = models.build(config.model), begin.optimizer(make_optimizer(config.optimizer, config.steps))
     carries = config.objective.name == "truncated"
-    judged = {"masked_lm": masked_lm, "truncated": next_window}.get(config.objective.name, causal_lm)
 
-    def create() -> TrainState:
-        params = module.init(jax.random.key(config.seed), jnp.zeros((1, 2), jnp.int32))["params"]
-        state = new_state(params, optimizer, config.seed, config.ema)
+    def create(*given: Any) -> TrainState:
+        params = begin.params(module, jax.random.key(config.seed), *given)
+        state = new_state(params, optimizer, config.seed, config.ema, begin.trains(params))
         return state.replace(carry=module.init_cache(config.batch_size, 0)) if carries else state
 
-    abstract = abstract_state(create, mesh)
+    abstract = abstract_state(create, mesh, *begin.given)
     where = jax.tree.map(lambda x: x.sharding, abstract)
     settings = {"optimizer": optimizer, "accumulate": config.accumulate, "ema": config.ema}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, told = minimised(module, config.objective, state.step)
-        state, metrics = train_step(state, batch, loss=loss, **settings)
+        state, metrics = train_step(state, batch, loss=folding(loss, begin.fold), **settings)
         return state, metrics | told
 
+    judged = folding(partial(LOSSES.get(config.objective.name, causal_lm), module, config.objective), begin.fold)
     return Program(
         module=module,
         create=create,
         abstract=abstract,
         step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
-        validate=jax.jit(partial(eval_step, loss=partial(judged, module, config.objective))),
+        validate=jax.jit(partial(eval_step, loss=judged)),
+        given=begin.given,
+        keeps=begin.keeps,
     )
+
+
+def folding(loss: Loss, fold: Callable[[Any], Any]) -> Loss:
+    """A loss of what a network is given, as one of what is learned."""
+    return lambda params, batch, rng: loss(fold(params), batch, rng)
+
+
+LOSSES = {"truncated": next_window, "masked_lm": masked_lm, "classification": text_classification}
 
 
 def minimised(module: LanguageModel, objective: ObjectiveConfig, step: Any) -> tuple[Loss, dict[str, Array]]:
@@ -96,8 +151,7 @@ def minimised(module: LanguageModel, objective: ObjectiveConfig, step: Any) -> t
         epsilon = make_decay(objective)(step)
         loss: Any = partial(scheduled_sampling, module, objective, epsilon=epsilon)  # a step always has randomness
         return loss, {"epsilon": epsilon}
-    losses = {"truncated": next_window, "masked_lm": masked_lm}
-    return partial(losses.get(objective.name, causal_lm), module, objective), {}
+    return partial(LOSSES.get(objective.name, causal_lm), module, objective), {}
 
 
 def settled(config: RunConfig, **chosen: str) -> RunConfig:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from xylem import models
 from xylem.data import tokenizers
 from xylem.data.config import DataConfig
@@ -19,9 +21,12 @@ from xylem.models.language_model import LanguageModel
 from xylem.models.ngram_file import NGRAM, load_tree
 from xylem.models.ngram_lm import NGramLM
 from xylem.models.settings import from_dict
+from xylem.peft import saving
+from xylem.peft.calls import METHODS
 from xylem.training.checkpoint import load_params
 from xylem.training.config import RunConfig, objectives_of
 from xylem.training.counting_config import CountingConfig
+from xylem.training.finetune_config import FinetuneConfig
 from xylem.training.run_folder import CHECKPOINTS, CONFIG
 
 
@@ -55,7 +60,10 @@ def open_model(name: str, dtype: str = "float32") -> Model:
         return _open_counts(path)
     if (path / CHECKPOINTS).is_dir():
         params, metadata = _open_run(path)
-        run = from_dict(RunConfig, metadata["config"])
+        settings = metadata["config"]
+        run = from_dict(FinetuneConfig if "base" in settings else RunConfig, settings)
+        if isinstance(run, FinetuneConfig):
+            params = _on_base(path, run, params)
         config, carries = _decoder(name, run.model), run.objective.name == "truncated"
         tokenizer, data = _own_text(path, run.data, metadata["tokenizer_hash"])
     else:
@@ -69,6 +77,16 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     # One compiled layer for all: what is opened to be used is run a few times, not a few thousand.
     config = config.with_compute(replace(config.compute, layers="scan", dtype=dtype))
     return Model(models.build(config), params, tokenizer, data, carries)
+
+
+def _on_base(path: Path, run: FinetuneConfig, trained: Any) -> Any:
+    """What a fine-tuning run learned, in its place on the run's base."""
+    base = open_model(run.base).params
+    if (own := saving.fingerprint(base)) != run.base_hash:
+        raise ConfigError("checkpoint", str(path), f"its base {run.base} is another now: hash {own[:12]}")
+    method = METHODS[run.method.name]
+    grafted = method.graft(base, jax.random.key(0), run.method)
+    return method.fold(saving.placed(grafted, saving.arrays(trained)))
 
 
 def _decoder(name: str, config: ModelConfig) -> ModelConfig:

@@ -100,13 +100,13 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def abstract_state(create: Callable[[], TrainState], mesh: Mesh) -> TrainState:
-    """Shape, type and sharding of every array of the state that ``create`` makes, without making it."""
-    shapes = jax.eval_shape(create)
+def abstract_state(create: Callable[..., TrainState], mesh: Mesh, *given: Any) -> TrainState:
+    """Shape, type and sharding of every array of the state that ``create`` makes of ``given``, without making it."""
+    shapes = jax.eval_shape(create, *given)
     struct_of = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
     return jax.tree.map(struct_of, shapes, state_shardings(shapes, mesh))
 
 
-def make_state(create: Callable[[], TrainState], abstract: TrainState) -> TrainState:
-    """The state that ``create`` makes, born sharded: no device ever holds more than its part."""
-    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
+def make_state(create: Callable[..., TrainState], abstract: TrainState, *given: Any) -> TrainState:
+    """The state that ``create`` makes of ``given``, born sharded: no device ever holds more than its part."""
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*given)

@@ -1,0 +1,96 @@
+"""Fine-tune a model by any method of xylem/peft.
+
+    python scripts/finetune.py BASE --method lora --data.corpus FILE ...
+
+BASE is what scripts/generate.py takes: a run folder, a Hugging Face folder, a .gguf file, or the name of a model that
+ships inside a package. --objective.name says what FILE is: "answers", a .jsonl of conversations, of which what the
+assistant says is learned (the default); "classification", a .jsonl of texts with labels; "causal_lm", a text of some
+domain. Every field is a flag, those of the method --method.FIELD. The same command on the same folder resumes;
+scripts/generate.py and scripts/evaluate.py open it, and its adapter/ is what was learned as a file of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xylem.launch import launch
+
+METHODS = ("lora", "dora", "ia3", "adapter", "prompt", "prefix", "bitfit", "selection")
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, open the base, call."""
+    import sys
+
+    base = next(iter(arguments), None)
+    if base is None or base.startswith("-"):
+        print(__doc__)
+        print(f"methods: {', '.join(METHODS)}\nfields and defaults: finetune.py BASE --method METHOD --help")
+        if base in ("-h", "--help"):
+            return
+        from xylem.errors import ConfigError
+
+        raise ConfigError("BASE", base, "the first word is the model to begin with")
+    from xylem.training.finetune import finetune
+    from xylem.training.restore import open_model
+
+    method, rest = named("--method", arguments[1:], "lora", METHODS)
+    model = open_model(base)
+    config = parse(base, method, model, rest)
+    finetune(config, model.params, model.tokenizer, sys.argv)
+
+
+def named(flag: str, arguments: list[str], default: str, allowed: tuple[str, ...]) -> tuple[str, list[str]]:
+    """What a flag that chooses a class of settings names, and the other arguments."""
+    from xylem.errors import ConfigError
+
+    if flag not in arguments:
+        return default, arguments
+    place = arguments.index(flag)
+    value = arguments[place + 1] if place + 1 < len(arguments) else ""
+    if value not in allowed:
+        raise ConfigError(flag.lstrip("-"), value, f"it must be one of {', '.join(allowed)}", allowed)
+    return value, arguments[:place] + arguments[place + 2 :]
+
+
+def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
+    """The run that the flags ask for."""
+    from pathlib import Path
+
+    import tyro
+
+    from xylem.data.config import DataConfig
+    from xylem.peft.calls import METHODS as every
+    from xylem.training.config import OptimizerConfig
+    from xylem.training.finetune_config import FinetuneConfig, taught_by
+    from xylem.training.objective_config import ObjectiveConfig
+
+    config = model.module.config
+    objective: Any
+    objective, rest = named("--objective.name", arguments, next(iter(taught_by(config)), "causal_lm"), OBJECTIVES)
+    length = min(512, config.max_length)
+    default = FinetuneConfig(
+        model=config,
+        data=DataConfig("wikitext2", tokenizer=model.data.tokenizer, sequence_length=length),
+        objective=ObjectiveConfig(name=objective),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0),
+        base=str(Path(base).resolve()) if Path(base).exists() else base,
+        method=every[method].config(**({"last": 1} if method == "selection" else {})),
+        steps=200,
+        batch_size=8,
+        run_dir=f"runs/finetune-{method}",
+    )
+    return tyro.cli(
+        FinetuneConfig,
+        prog=f"finetune.py {base} --method {method}",
+        description=__doc__,
+        default=default,
+        args=rest,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+OBJECTIVES = ("answers", "classification", "causal_lm")
+
+if __name__ == "__main__":
+    launch(main)

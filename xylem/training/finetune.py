@@ -1,0 +1,64 @@
+"""Fine-tuning: the loop of pretraining, begun with a base that a method is grafted onto."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from xylem.data import conversations, labelled
+from xylem.data.pipeline import Prepared
+from xylem.data.tokenizers import Tokenizer
+from xylem.models import heads
+from xylem.models.language_model import LanguageModel
+from xylem.peft import saving
+from xylem.peft.calls import METHODS
+from xylem.training.checkpoint import load_params
+from xylem.training.finetune_config import FinetuneConfig
+from xylem.training.loop import corpus_of, train
+from xylem.training.program import Start, assemble
+
+ADAPTER = "adapter"  # in the run folder, at its end
+
+
+def finetune(config: FinetuneConfig, params: Any, tokenizer: Tokenizer, argv: Sequence[str] = ()) -> dict[str, Any]:
+    """Fine-tune ``params`` as ``config`` says, or go on with what its run folder holds; returns the final figures.
+
+    The run folder is that of pretraining; its checkpoints hold what is learned, not the base, and ``adapter/`` is it as
+    a file of its own (``peft.saving``).
+    """
+    labels: list[str] = []
+    if config.objective.name == "answers":
+        data: Prepared = conversations.prepare(config.data, tokenizer)
+    elif config.objective.name == "classification":
+        data, labels = labelled.prepare(config.data, tokenizer)
+    else:
+        data = corpus_of(config)
+    config = replace(config, base_hash=saving.fingerprint(params))
+    begin = start_of(config, params, len(labels))
+    summary = train(config, partial(assemble, config, begin=begin), lambda _: data, argv)
+    if summary["step"] == config.steps and jax.process_index() == 0:
+        trained, _ = load_params(config.run_dir, entries=("trainable", "frozen"))
+        saving.write(Path(config.run_dir) / ADAPTER, config.method, trained, config.base_hash)
+    return summary
+
+
+def start_of(config: FinetuneConfig, params: Any, num_labels: int) -> Start:
+    """The base with its graft, and with a head for labels where there are some."""
+    method = METHODS[config.method.name]
+
+    def make(module: LanguageModel, key: Any, base: Any) -> Any:
+        keys = jax.random.split(key)
+        if num_labels:
+            base = heads.add(config.model, base, keys[1], num_labels, "classifier")
+        return method.graft(base, keys[0], config.method)
+
+    def trains(grafted: Any) -> Any:
+        learns = method.trainable(grafted, config.method)
+        return lambda path, weight: learns(path, weight) or path.startswith("classifier/")
+
+    return Start(make, (params,), trains, method.fold, keeps=False)
