@@ -61,9 +61,9 @@ def main(arguments: list[str]) -> None:
     from xylem.training.restore import open_model
 
     sampling = Sampling(parsed.max_new_tokens, parsed.temperature, parsed.top_k, parsed.top_p)
-    module, params, tokenizer, _ = open_model(parsed.checkpoint, parsed.dtype)
-    chat = tokenizer.chat_template is not None if parsed.format == "auto" else parsed.format == "chat"
-    generator = Generator(module, params, tokenizer)
+    model = open_model(parsed.checkpoint, parsed.dtype)
+    chat = model.tokenizer.chat_template is not None if parsed.format == "auto" else parsed.format == "chat"
+    generator = Generator(model.module, model.params, model.tokenizer)
     answers = (generator.chat if chat else generator)(parsed.prompt, sampling, jax.random.key(parsed.seed))
     for prompt, answer in zip(parsed.prompt, answers, strict=True):
         print(answer if chat else f"{prompt}{answer}")
