@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
@@ -24,10 +24,12 @@ from xylem.errors import ConfigError
 FORM = 'each line is {"text": ..., "label": ...}, perhaps with a "text_pair"'
 
 
-def prepare(config: DataConfig, tokenizer: Tokenizer) -> tuple[Listed, list[str]]:
+def prepare(
+    config: DataConfig, tokenizer: Tokenizer, token_types: Literal["present", "absent"]
+) -> tuple[Listed, list[str]]:
     """The texts of ``config.corpus`` as rows, and the labels' names; ``config.validation``, or the last, held out.
 
-    A row has ``tokens``, ``segments``, ``token_types`` (T,), ``labels`` and ``weights`` (), all int32 but the last. An
+    A row has ``tokens``, ``segments`` and, where present, ``token_types`` (T,); ``labels`` and ``weights`` (). An
     encoder's tokenizer (one with [CLS] and [SEP]) gives [CLS] text [SEP] pair [SEP], any other its begin-of-text, if it
     has one, the texts, and end-of-text. What is too long loses its end.
 
@@ -44,8 +46,9 @@ def prepare(config: DataConfig, tokenizer: Tokenizer) -> tuple[Listed, list[str]
         strange = sorted({label for _, _, label in texts} - set(names))
         if strange:
             raise ConfigError("data.validation", strange[0], f"the labels are {', '.join(names)}", names)
+        made = (_row(tokenizer, *pair, names.index(label), config.sequence_length) for *pair, label in texts)
         rows[split] = [
-            _row(tokenizer, first, second, names.index(label), config.sequence_length) for first, second, label in texts
+            {name: x for name, x in row.items() if name != "token_types" or token_types == "present"} for row in made
         ]
         counts[split] = {
             "documents": len(texts),

@@ -14,6 +14,7 @@ from xylem.data import conversations, labelled
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
 from xylem.models import heads
+from xylem.models.config import TransformerConfig
 from xylem.models.language_model import LanguageModel
 from xylem.peft import saving
 from xylem.peft.calls import METHODS
@@ -35,7 +36,8 @@ def finetune(config: FinetuneConfig, params: Any, tokenizer: Tokenizer, argv: Se
     if config.objective.name == "answers":
         data: Prepared = conversations.prepare(config.data, tokenizer)
     elif config.objective.name == "classification":
-        data, labels = labelled.prepare(config.data, tokenizer)
+        typed = isinstance(config.model, TransformerConfig) and config.model.embedding.token_types == 2
+        data, labels = labelled.prepare(config.data, tokenizer, "present" if typed else "absent")
     else:
         data = corpus_of(config)
     config = replace(config, base_hash=saving.fingerprint(params))
