@@ -266,7 +266,7 @@ def test_textgenrnn_says_what_keras_would(rng_seed, proof, monkeypatch):
 
 @pytest.mark.slow
 def test_textgenrnn_writes_what_its_reference_writes():
-    module, params, tokenizer, _ = open_model("textgenrnn")
+    module, params, tokenizer, *_ = open_model("textgenrnn")
     written = Generator(module, params, tokenizer)(PROMPTS, Sampling(max_new_tokens=60, temperature=0.0))
     # Written by Keras 2.21 (tf_keras) from the same file, through its own conversion.
     assert PROMPTS[0] + written[0] == (

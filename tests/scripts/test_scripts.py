@@ -159,7 +159,7 @@ def test_tokens_outside_the_vocabulary_are_named(flags, corpus, tmp_path):
     from xylem.generation.sampling import Sampling, generate
     from xylem.training.restore import open_model
 
-    module, params, _, _ = open_model(str(tmp_path / "run"))
+    module, params, *_ = open_model(str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"ids must lie in \[0, 257\)"):
         generate(module, params, [[257]], Sampling(1), jax.random.key(0))
 
