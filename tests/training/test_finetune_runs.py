@@ -55,7 +55,6 @@ def run(base, files, folder, objective="answers", method=None, **changes):
         base=base,
         method=method or peft.LoRAConfig(rank=2),
         mesh=MeshConfig(data=1),
-        run_dir=str(folder / "tuned"),
         **often | changes,
     )
     return config, model
