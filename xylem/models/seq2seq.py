@@ -18,6 +18,7 @@ from xylem.models.cache import KVCache, Seq2SeqCache
 from xylem.models.config import Seq2SeqConfig, TransformerConfig
 from xylem.models.language_model import Head, LanguageModel, Output
 from xylem.models.layers import Embed, add_bias, einsum, split_heads
+from xylem.models.leaves import bias_of
 from xylem.models.masks import Mask
 from xylem.models.stack import Intervention, Sites, runs
 from xylem.models.transformer import add_positions, check_length, positions_of, run_layers
@@ -125,7 +126,8 @@ class Seq2Seq(LanguageModel):
             for name in ("key", "value"):
                 part = layer["cross_attention"][name]
                 y = einsum("...i,io->...o", memory, part["kernel"])
-                made.append(split_heads(add_bias(y, part["bias"]) if "bias" in part else y, config.head_dim))
+                y = add_bias(y, bias_of(part["kernel"], part["bias"])) if "bias" in part else y
+                made.append(split_heads(y, config.head_dim))
             return made[0], made[1]
 
         decoder, batch = params["decoder"], tokens.shape[0]
