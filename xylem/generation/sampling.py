@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from xylem.errors import ConfigError
 from xylem.models.language_model import LanguageModel
 from xylem.models.seq2seq import Seq2Seq
+from xylem.models.virtual import prefix_length, prompt_of, virtual_length
 
 BUCKET = 32  # prompt lengths and budgets are rounded up to this, so that few shapes are ever compiled
 
@@ -137,6 +138,13 @@ def _read(
     return out.hidden[jnp.arange(batch), lengths - 1], out.cache  # the head sees one position a row, not the prompt
 
 
+def _virtual(module: LanguageModel, params: Any) -> tuple[int, ...]:
+    """Virtual tokens in front of what is read and of what is written, one number where these are one text."""
+    if isinstance(module, Seq2Seq):
+        return virtual_length(params["encoder"], prompt_of(params)), prefix_length(params["decoder"])
+    return (virtual_length(params, prompt_of(params)),)
+
+
 def generate(
     module: LanguageModel, params: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, key: PRNGKeyArray
 ) -> Completions:
@@ -160,14 +168,17 @@ def generate(
     read, written = int(lengths.max()), sampling.max_new_tokens
     # What the cache holds: the prompt and what is written; of a target, the id that starts it and what is written.
     start = 1 if isinstance(module, Seq2Seq) else read
-    if start + written > config.max_length:
+    virtual = _virtual(module, params)
+    if start + written + virtual[-1] > config.max_length:
         what = "a target's start" if isinstance(module, Seq2Seq) else "prompt"
+        what = f"{what}, {virtual[-1]} virtual tokens" if virtual[-1] else what
         allowed = f"{what} and new tokens together must fit the model's max_length = {config.max_length}"
         raise ConfigError("max_new_tokens", f"{start} + {written}", allowed)
-    if read > reads.max_length:
-        raise ConfigError("prompts", f"{read} tokens", f"the encoder's max_length is {reads.max_length}")
-    up = lambda size, most=config.max_length: min(most, -(-size // BUCKET) * BUCKET)  # noqa: E731
-    padded = np.zeros((len(prompts), up(read, reads.max_length)), np.int32)
+    if read + virtual[0] > reads.max_length:
+        with_virtual = f", {virtual[0]} of them virtual" if virtual[0] else ""
+        raise ConfigError("prompts", f"{read} tokens", f"the encoder's max_length is {reads.max_length}{with_virtual}")
+    up = lambda size, most=config.max_length - virtual[-1]: min(most, -(-size // BUCKET) * BUCKET)  # noqa: E731
+    padded = np.zeros((len(prompts), up(read, reads.max_length - virtual[0])), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     rounded, capacity = replace(sampling, max_new_tokens=up(written)), up(start + written)

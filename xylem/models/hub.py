@@ -27,6 +27,7 @@ from xylem.models.config import ModelConfig
 from xylem.models.conversion import Place, Row, Source, flatten, listed, read, rows_for, write
 from xylem.models.families import FAMILIES, NAMES, Family
 from xylem.models.families.family import size, value
+from xylem.models.leaves import with_biases
 from xylem.models.settings import Compute
 
 DTYPES = ("float32", "bfloat16")
@@ -107,7 +108,7 @@ def save(
         raise ConfigError("tokenizer_file", str(tokenizer_file), "there is no such file")
     model_type, described = describe(config)
     head = heads.held(dict(params))
-    flat, template = flatten(params), parameter_shapes(config, head)
+    flat, template = flatten(with_biases(params)), parameter_shapes(config, head)
     _check_tree(flat, template)
     family = FAMILIES[model_type]
     if head is not None:

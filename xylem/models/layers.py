@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from xylem.models import fused
 from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice
-from xylem.models.leaves import Leaf
+from xylem.models.leaves import Leaf, bias_of
 from xylem.models.state_config import MambaConfig
 
 Site = Callable[[str, Array], Array]
@@ -82,7 +82,7 @@ class Dense(nn.Module):
         kernel = parameter(self, "kernel", self.std, (x.shape[-1], self.features), stored)
         y = einsum("...i,io->...o", x, kernel, self.kernels)
         if self.config.bias == "everywhere" or self.has_variable("params", "bias"):
-            y = add_bias(y, parameter(self, "bias", None, (self.features,), stored), self.kernels)
+            y = add_bias(y, bias_of(kernel, parameter(self, "bias", None, (self.features,), stored)), self.kernels)
         return y
 
 

@@ -10,6 +10,7 @@ over layers slices a leaf as it slices an array.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -52,6 +53,10 @@ class Leaf:
         """The weight as one plain array."""
         raise NotImplementedError
 
+    def beside(self, bias: Array) -> Array:
+        """The bias that is added to this weight's product, where the method changes that too; linear in ``bias``."""
+        return bias
+
     def rebase(self, weight: Array) -> Any:
         """This leaf on another base, with which it stands for ``weight``: undoes ``materialize`` within rounding."""
         raise NotImplementedError
@@ -71,9 +76,24 @@ def plain(weight: Array | Leaf) -> Array:
     return weight.materialize() if isinstance(weight, Leaf) else weight
 
 
+def bias_of(kernel: Array | Leaf, bias: Array) -> Array:
+    """The bias to add to a product with ``kernel``, whatever the weight is made of."""
+    return kernel.beside(bias) if isinstance(kernel, Leaf) else bias
+
+
+def with_biases(params: Any, change: Callable[[Leaf, Array], Array] = bias_of) -> Any:
+    """The tree with ``change(kernel, bias)`` in place of each bias beside a kernel that is no array."""
+    if not isinstance(params, Mapping):
+        return params
+    made = {name: with_biases(part, change) for name, part in params.items()}
+    if is_leaf(made.get("kernel")) and "bias" in made:
+        made["bias"] = change(made["kernel"], made["bias"])
+    return made
+
+
 def materialize(params: Any) -> Any:
-    """The same tree with every leaf replaced by the plain array it stands for."""
-    return jax.tree.map(plain, params, is_leaf=is_leaf)
+    """The same tree with every leaf replaced by the plain array it stands for, and the biases beside them by theirs."""
+    return jax.tree.map(plain, with_biases(params), is_leaf=is_leaf)
 
 
 def contract(equation: str, x: Array, weight: Array | Leaf) -> Array:
@@ -131,6 +151,9 @@ class LowRank(Leaf):
 
     def materialize(self) -> Array:
         return plain(self.base) + self._delta()
+
+    def beside(self, bias: Array) -> Array:
+        return bias_of(self.base, bias)
 
     def rebase(self, weight: Array) -> LowRank:
         return LowRank(weight - self._delta(), self.a, self.b, self.scale)

@@ -26,6 +26,7 @@ from xylem.models.cache import StateCache
 from xylem.models.fused import Choice
 from xylem.models.language_model import Head, LanguageModel, Output
 from xylem.models.layers import Adapter, Dense, Embed, Norm, Site, add_bias, einsum, parameter, side_by_side
+from xylem.models.leaves import bias_of
 from xylem.models.selective_scan import choose, selective_scan
 from xylem.models.stack import Sites, layer_runs, scan_layers
 from xylem.models.state_config import MambaConfig
@@ -158,7 +159,8 @@ class StepSize(nn.Module):
             return (step + jnp.log(-jnp.expm1(-step))).astype(dtype)
 
         bias: Any = parameter(self, "bias", step_bias, (inner,), stored)
-        return jax.nn.softplus(add_bias(einsum("...i,io->...o", low, kernel, self.kernels).astype(F32), bias))
+        step = einsum("...i,io->...o", low, kernel, self.kernels).astype(F32)
+        return jax.nn.softplus(add_bias(step, bias_of(kernel, bias)))
 
 
 class MambaLM(LanguageModel):

@@ -22,7 +22,7 @@ from xylem.models.layers import Dense, Norm, add_bias, parameter
 from xylem.models.masks import Mask
 from xylem.models.stack import Sites
 from xylem.models.transformer import add_positions, check_length, embed_tokens, positions_of, run_layers
-from xylem.models.virtual import Text, prepend, prompt_of
+from xylem.models.virtual import Text, behind, prepend, prompt_of, virtual_length
 
 
 class EncoderOutput(Output):
@@ -68,13 +68,14 @@ class MaskedLM(LanguageModel):
         """
         config, kernels = self.config, fused.choose(self.config.compute, jax.default_backend())
         self.check_call(token_types)
-        check_length(config, tokens)
+        held: dict[str, Any] = dict(self.variables.get("params", {}))
+        check_length(config, tokens, virtual_length(held, prompt_of(held)))
         if cache is not None:
             raise ValueError(f"cache: the {config.family} family reads whole texts and keeps none")
         if positions is None:
             positions = positions_of(tokens, segments)
         text = Text(embed_tokens(config, tokens, embeddings), positions, segments, token_types)
-        text = prepend(prompt_of(dict(self.variables.get("params", {}))), text, None)
+        text = behind(held, prepend(prompt_of(held), text, None))
         door = Sites(jnp.int32(-1), self.taps, self.intervene)
         h = door("embed", add_positions(self, config, kernels, text, train))
         mask = Mask(causal=False, query_segments=text.segments, key_segments=text.segments)

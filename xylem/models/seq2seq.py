@@ -18,10 +18,11 @@ from xylem.models.cache import KVCache, Seq2SeqCache
 from xylem.models.config import Seq2SeqConfig, TransformerConfig
 from xylem.models.language_model import Head, LanguageModel, Output
 from xylem.models.layers import Embed, add_bias, einsum, split_heads
+from xylem.models.leaves import bias_of
 from xylem.models.masks import Mask
 from xylem.models.stack import Intervention, Sites, runs
 from xylem.models.transformer import add_positions, check_length, positions_of, run_layers
-from xylem.models.virtual import Text, lengthened, prefix_length, prepend, prompt_of, stacked_prefix
+from xylem.models.virtual import Text, behind, lengthened, prefix_length, prepend, prompt_of, stacked_prefix
 
 
 class Seq2Seq(LanguageModel):
@@ -66,7 +67,6 @@ class Seq2Seq(LanguageModel):
         decoder_tokens = tokens if decoder_tokens is None else decoder_tokens
         if decoder_tokens is None:
             raise ValueError("tokens and decoder_tokens are both missing")
-        check_length(self.config.decoder, decoder_tokens)
         if cache is not None:
             memory, sources, targets = None, cache.segments, jnp.ones_like(decoder_tokens)
         elif tokens is not None:
@@ -101,7 +101,6 @@ class Seq2Seq(LanguageModel):
         train: bool = False,
     ) -> Float[Array, "B source D"]:
         """The encoder's final states: of the virtual tokens, where there are some, and of ``tokens``."""
-        check_length(self.config.encoder, tokens)
         h = self.embed(tokens) if embeddings is None else embeddings.astype(self.config.compute.dtype)
         text = Text(h, positions_of(tokens, segments), segments, None)
         return self.encoder(prepend(self._prompt(), text, None), None, train)[0]
@@ -127,7 +126,8 @@ class Seq2Seq(LanguageModel):
             for name in ("key", "value"):
                 part = layer["cross_attention"][name]
                 y = einsum("...i,io->...o", memory, part["kernel"])
-                made.append(split_heads(add_bias(y, part["bias"]) if "bias" in part else y, config.head_dim))
+                y = add_bias(y, bias_of(part["kernel"], part["bias"])) if "bias" in part else y
+                made.append(split_heads(y, config.head_dim))
             return made[0], made[1]
 
         decoder, batch = params["decoder"], tokens.shape[0]
@@ -165,6 +165,10 @@ class Side(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any, dict[str, Array]]:
         """Final states, the cache and what was tapped, from looked-up embeddings."""
         config, kernels = self.config, fused.choose(self.config.compute, jax.default_backend())
+        # A cache holds the virtual tokens already.
+        held: dict[str, Any] = {} if cache is not None else dict(self.variables.get("params", {}))
+        check_length(config, text.h, prefix_length(held))
+        text = behind(held, text)
         door = Sites(jnp.int32(-1), self.taps, self.intervene)
         h = door("embed", add_positions(self, config, kernels, text, train))
         causal = config.attention.mask == "causal"

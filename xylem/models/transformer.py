@@ -29,7 +29,7 @@ from xylem.models.layers import MLP, Adapter, Dense, Embed, Norm
 from xylem.models.masks import EVERYONE, Mask
 from xylem.models.positions import relative_buckets, rope_tables, segment_positions, sinusoidal
 from xylem.models.stack import Sites, layer_runs, scan_layers
-from xylem.models.virtual import Text, prefix_length, prepend, prompt_of, stacked_prefix
+from xylem.models.virtual import Text, behind, prefix_length, prepend, prompt_of, stacked_prefix, virtual_length
 from xylem.sharding import constrain
 
 
@@ -117,7 +117,9 @@ def run_layers(
     memory: Float[Array, "B source D"] | None = None,
     memory_mask: Mask | None = None,
 ) -> tuple[Float[Array, "B T D"], Any, dict[str, Array]]:
-    """All layers of the calling ``module`` and the norm behind them; ``positions`` are those of queries and of keys.
+    """All layers of the calling ``module`` and the norm behind them.
+
+    ``positions`` are those of queries and of their keys, counted on behind a prefix where the layers hold one.
 
     With a ``memory_mask`` each layer also attends to ``memory``, or to what the cache holds of it.
 
@@ -128,10 +130,9 @@ def run_layers(
     if "prefix" in held:
         raise ValueError("prefix: it is still to be computed from its embeddings (peft.methods.prefix.fold)")
     if cache is None and (front := prefix_length(held)):
-        mask = mask.behind(front, h.shape[0])
-        keys = positions[1] + front
+        mask, keys = mask.behind(front, h.shape[0]), positions[1]
         before = jnp.broadcast_to(jnp.arange(front, dtype=keys.dtype), (keys.shape[0], front))
-        positions = positions[0] + front, jnp.concatenate([before, keys], axis=1)
+        positions = positions[0], jnp.concatenate([before, keys], axis=1)
     if memory_mask is not None and cache is None and (front := prefix_length(held, "cross_attention")):
         memory_mask = memory_mask.behind(front, h.shape[0])
     if where.rope_theta is not None:
@@ -195,12 +196,14 @@ class CausalLM(LanguageModel):
         ``train=True`` applies dropout and needs ``rngs={"dropout": key}`` when the rate is above 0.
         """
         config, kernels = self.config, fused.choose(self.config.compute, jax.default_backend())
-        self._check(tokens, token_types)
+        # A cache holds the virtual tokens already.
+        ahead: dict[str, Any] = {} if cache is not None else dict(self.variables.get("params", {}))
+        self.check_call(token_types)
+        check_length(config, tokens, virtual_length(ahead, prompt_of(ahead)))
         if positions is None:
             positions = positions_of(tokens, segments, cache)
-        prompt = None if cache is not None else prompt_of(dict(self.variables.get("params", {})))
         text = Text(embed_tokens(config, tokens, embeddings), positions, segments, token_types)
-        text = prepend(prompt, text, EVERYONE)
+        text = behind(ahead, prepend(prompt_of(ahead), text, EVERYONE))
         door = Sites(jnp.int32(-1), self.taps, self.intervene)
         h = door("embed", add_positions(self, config, kernels, text, train))
         # What a cache holds is one document a row, and padding on its right lies after every real query.
@@ -221,10 +224,9 @@ class CausalLM(LanguageModel):
         """A cache for ``max_length`` tokens in each of ``batch`` rows: empty, or with the virtual tokens of ``params``
         read already."""
         held: dict[str, Any] = {} if params is None else params
-        prompt, front = prompt_of(held), prefix_length(held)
-        count = front + (0 if prompt is None else prompt.shape[0])
-        cache = KVCache.init(self.config, batch, max_length + count)
-        if front:
+        prompt = prompt_of(held)
+        cache = KVCache.init(self.config, batch, max_length + virtual_length(held, prompt))
+        if prefix_length(held):
             cache = cache.fill(*stacked_prefix(held, self.config.head_dim))
         if prompt is None:
             return cache
@@ -233,16 +235,12 @@ class CausalLM(LanguageModel):
         out: Any = self.apply({"params": held}, tokens, embeddings=rows, cache=cache)
         return out.cache
 
-    @nn.nowrap
-    def _check(self, tokens: Array, token_types: Array | None) -> None:
-        self.check_call(token_types)
-        check_length(self.config, tokens)
 
-
-def check_length(config: TransformerConfig, tokens: Array) -> None:
-    """Raise ValueError for more tokens than a learned table has rows."""
-    if config.positions.kind == "learned" and tokens.shape[1] > config.max_length:
-        raise ValueError(f"{tokens.shape[1]} tokens: the position table has max_length = {config.max_length} rows")
+def check_length(config: TransformerConfig, tokens: Array, virtual: int = 0) -> None:
+    """Raise ValueError for more tokens, ``virtual`` ones in front of them included, than a learned table has rows."""
+    if config.positions.kind == "learned" and tokens.shape[1] + virtual > config.max_length:
+        what = f"{tokens.shape[1]} tokens" + (f" and {virtual} virtual ones" if virtual else "")
+        raise ValueError(f"{what}: the position table has max_length = {config.max_length} rows")
 
 
 def positions_of(tokens: Array, segments: Array | None, cache: AttentionCache | None = None) -> Int[Array, "#B T"]:

@@ -25,6 +25,11 @@ def prompt_of(params: dict[str, Any]) -> Float[Array, "P D"] | None:
     return params["prompt"]["embedding"] if "prompt" in params else None
 
 
+def virtual_length(params: dict[str, Any], prompt: Float[Array, "P D"] | None) -> int:
+    """How many positions of a stack stand in front of a text's first: of its prefix and of a prompt that it reads."""
+    return prefix_length(params) + (0 if prompt is None else prompt.shape[0])
+
+
 def prefix_length(params: dict[str, Any], site: str = "attention") -> int:
     """How many keys stand in front of each layer's own, at ``attention`` or ``cross_attention``."""
     first = params[runs(params)[0]] if runs(params) else {}
@@ -39,6 +44,11 @@ class Text(NamedTuple):
     positions: Int[Array, "#B T"]
     segments: Int[Array, "B T"] | None
     token_types: Int[Array, "B T"] | None
+
+
+def behind(params: dict[str, Any], text: Text) -> Text:
+    """The text with its positions counted on behind the prefix of a stack's ``params``."""
+    return text._replace(positions=text.positions + prefix_length(params))
 
 
 def prepend(prompt: Float[Array, "P E"] | None, text: Text, of: int | None) -> Text:

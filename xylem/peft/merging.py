@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from xylem.models.conversion import flatten
-from xylem.models.leaves import is_leaf, materialize
+from xylem.models.leaves import is_leaf, materialize, with_biases
 from xylem.peft.tree import Tree
 
 # Nodes that a plain network has no place for.
@@ -30,4 +31,6 @@ def unmerge(merged: Tree, grafted: Tree) -> Tree:
     Within rounding: (W + D) - D. Raises ValueError for a leaf that cannot tell.
     """
     undo = lambda leaf, weight: leaf.rebase(weight) if is_leaf(leaf) else weight  # noqa: E731
-    return jax.tree.map(undo, grafted, merged, is_leaf=is_leaf)
+    back = jax.tree.map(undo, grafted, merged, is_leaf=is_leaf)
+    # What is done to a bias is linear in it, element by element.
+    return with_biases(back, lambda leaf, bias: bias / leaf.beside(jnp.ones_like(bias)))

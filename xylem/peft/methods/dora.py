@@ -54,6 +54,9 @@ class Stretched(Leaf):
     def materialize(self) -> Array:
         return self.base.materialize() * self._factor()[..., None, :]
 
+    def beside(self, bias: Array) -> Array:
+        return self.base.beside(bias)
+
     def rebase(self, weight: Array) -> Stretched:
         # W = (W' |V| / m) - scale A B needs |V|, which is that of W + scale A B: it is kept nowhere, W' has it in m.
         raise ValueError("DoRA: the lengths of the columns before it are gone once merged; keep the base")

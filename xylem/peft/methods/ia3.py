@@ -9,14 +9,20 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from xylem.models.leaves import Leaf, contract, plain, take
+from xylem.errors import ConfigError
+from xylem.models.leaves import Leaf, bias_of, contract, plain, take
 from xylem.peft.config import IA3Config
 from xylem.peft.tree import Predicate, Tree, matches, rewrite
+
+PLACES = r"/((cross_)?attention|mlp|mixer)/|(^|/)embed/"
 
 
 @struct.dataclass
 class Rescaled(Leaf):
-    """``base`` with every column multiplied by ``stretch``, or with every row where ``stretch`` is (..., I, 1)."""
+    """``base`` with every column multiplied by ``stretch``, or with every row where ``stretch`` is (..., I, 1).
+
+    A bias belongs to the columns' outputs, and is stretched with them.
+    """
 
     base: Any
     stretch: Float[Array, "*L I 1"] | Float[Array, "*L 1 O"] | Any
@@ -45,6 +51,10 @@ class Rescaled(Leaf):
     def materialize(self) -> Array:
         return plain(self.base) * self.stretch
 
+    def beside(self, bias: Array) -> Array:
+        bias = bias_of(self.base, bias)
+        return bias if self.stretch.shape[-1] == 1 else bias * self.stretch[..., 0, :].astype(bias.dtype)
+
     def rebase(self, weight: Array) -> Rescaled:
         return Rescaled(weight / self.stretch, self.stretch)
 
@@ -56,9 +66,15 @@ class Rescaled(Leaf):
 
 
 def graft(params: Tree, key: PRNGKeyArray, config: IA3Config) -> Tree:
-    """The tree with vectors of ones; the network computes what it did, to the bit."""
+    """The tree with vectors of ones; the network computes what it did, to the bit.
+
+    Raises:
+        ConfigError: a target is in no attention, feed-forward or mixer.
+    """
 
     def stretch(path: str, weight: Any, _: PRNGKeyArray) -> Rescaled:
+        if not matches(PLACES, path):  # elsewhere biases are added without asking the weight
+            raise ConfigError("targets", path, "(IA)3 stretches what attention, feed-forwards and mixers compute")
         *layers, rows, columns = weight.shape
         shape = (rows, 1) if matches(config.inputs, path) else (1, columns)
         return Rescaled(weight, jnp.ones((*layers, *shape), weight.dtype))
