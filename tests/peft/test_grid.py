@@ -11,7 +11,7 @@ from grid import CELLS, EMPTY, NAMES, SETTINGS, base_of, logits, method_of, move
 from operations import apart
 
 from xylem.errors import ConfigError
-from xylem.models.leaves import is_leaf
+from xylem.models.leaves import is_leaf, plain
 from xylem.peft import merging
 from xylem.peft.saving import fingerprint, load_adapter, save_adapter
 from xylem.peft.tree import combine, partition
@@ -51,7 +51,8 @@ def test_a_graft_is_nothing_until_it_learns_and_then_alone_moves(cell):
 
     out, new, out_away, out_merged = facts(trainable, frozen, away)
     if method not in VIRTUAL:
-        apart_by = apart([out], [jax.jit(forward)(base, batch)])
+        start = jax.tree.map(dequantised, grafted, is_leaf=is_leaf) if method == "qlora" else base
+        apart_by = apart([out], [jax.jit(forward)(start, batch)])
         assert apart_by <= NEAR.get(method, 0.0)
     assert apart([out_away], [out]) > 1e-3, "what learns matters"
     assert apart([out_merged], [out_away]) <= 1e-5
@@ -59,9 +60,14 @@ def test_a_graft_is_nothing_until_it_learns_and_then_alone_moves(cell):
     # B of zero stops A's first gradient, and A of zero B's; a bias of keys has none at all.
     assert all(name.endswith(("/a", "/b", "key/bias")) for name in still), still
     assert len(still) < len(jax.tree.leaves(new))
-    if merges(method) and method != "dora":
+    if merges(method) and method not in ("dora", "qlora"):
         back = merging.unmerge(merging.merge(away), away)
         assert drift(back, away) <= 2
+
+
+def dequantised(weight):
+    """A weight as it is below a graft."""
+    return plain(weight.base) if is_leaf(weight) else weight
 
 
 def merges(method: str) -> bool:
