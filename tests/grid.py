@@ -27,6 +27,7 @@ FAMILIES = {
 SETTINGS = {
     "lora": configs.LoRAConfig(rank=3, alpha=5.0),
     "rslora": configs.LoRAConfig(rank=3, alpha=5.0, scaling="stabilized", targets=r"embed/|query|input/|B/"),
+    "qlora": configs.QLoRAConfig(rank=3, alpha=5.0, group=32),
     "dora": configs.DoRAConfig(rank=2, alpha=3.0),
     "ia3": configs.IA3Config(),
     "houlsby": configs.AdapterConfig(size=5),

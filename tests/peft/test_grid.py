@@ -11,7 +11,7 @@ from operations import apart
 
 from xylem.errors import ConfigError
 from xylem.models.conversion import flatten
-from xylem.models.leaves import is_leaf
+from xylem.models.leaves import is_leaf, plain
 from xylem.peft import merging
 from xylem.peft.methods.dora import Stretched
 from xylem.peft.saving import fingerprint, load_adapter, save_adapter
@@ -38,14 +38,17 @@ def cell(request, rng_seed):
 
 
 def test_fresh_leaves_contract_as_their_bases_do_to_the_bit(cell):
-    _, _, base, grafted, key, _ = cell
+    method, _, base, grafted, key, _ = cell
     bases = flatten(base)
     for path, leaf in flatten(grafted).items():
         if is_leaf(leaf):
-            under = leaf.base.base if hasattr(leaf.base, "base") else leaf.base
-            np.testing.assert_array_equal(under, bases[path])
+            own = bases[path]
+            if method == "qlora":
+                own = plain(leaf.base)
+            else:
+                np.testing.assert_array_equal(leaf.base.base if isinstance(leaf, Stretched) else leaf.base, own)
             one_layer = partial(jax.tree.map, lambda x: x[0])
-            first, own = map(one_layer, (leaf, bases[path])) if "layers" in path else (leaf, bases[path])
+            first, own = map(one_layer, (leaf, own)) if "layers" in path else (leaf, own)
             x = jax.random.normal(key, (2, 3, own.shape[0]))
             contracted, expected = first.einsum("...i,io->...o", x), jnp.einsum("...i,io->...o", x, own)
             bar = 1e-6 if isinstance(leaf, Stretched) else 0.0  # lengths over themselves are 1 within rounding
@@ -81,16 +84,17 @@ def test_a_graft_is_nothing_until_it_learns_and_then_alone_moves(cell):
     new = jax.tree.map(lambda x: x[0], new)
     if method not in VIRTUAL:
         near = NEAR.get(method, ROUNDING.get(family, 2e-6))
-        assert apart([out], [plain(family, stacked(base, base), batch)[0]]) <= near
+        start = jax.tree.map(dequantised, grafted, is_leaf=is_leaf) if method == "qlora" else base
+        assert apart([out], [ungrafted(family, stacked(start, start), batch)[0]]) <= near
     assert apart([out_away], [out]) > 1e-3, "what learns matters"
     if merges(method):
         merged = merging.merge(away)
-        assert apart([plain(family, stacked(merged, merged), batch)[0]], [out_away]) <= 1e-5
+        assert apart([ungrafted(family, stacked(merged, merged), batch)[0]], [out_away]) <= 1e-5
     still = [path_name(p) for p, x in jax.tree_util.tree_leaves_with_path(new) if not changed(x, at(trainable, p))]
     # B of zero stops A's first gradient, and A of zero B's; a bias of keys has none at all.
     assert all(name.endswith(("/a", "/b", "key/bias")) for name in still), still
     assert len(still) < len(jax.tree.leaves(new))
-    if merges(method) and method != "dora":
+    if merges(method) and method not in ("dora", "qlora"):
         assert drift(merging.unmerge(merged, away), away) <= 2
 
 
@@ -99,9 +103,14 @@ def stacked(*trees):
 
 
 @partial(jax.jit, static_argnums=0)
-def plain(family, both, batch):
+def ungrafted(family, both, batch):
     """Two networks without grafts side by side."""
     return jax.vmap(lambda params: logits(family, "lora", params, batch))(both)
+
+
+def dequantised(weight):
+    """A weight as it is below a graft."""
+    return plain(weight.base) if is_leaf(weight) else weight
 
 
 def merges(method: str) -> bool:

@@ -11,6 +11,7 @@ over layers slices a leaf as it slices an array.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -106,6 +107,13 @@ def take(weight: Array | Leaf, ids: Array) -> Array:
     return weight.take(ids) if isinstance(weight, Leaf) else jnp.take(weight, ids, axis=0)
 
 
+@partial(jax.checkpoint, static_argnums=0)
+def decoded_product(equation: str, x: Array, weight: Leaf) -> Array:
+    """``einsum`` with a weight that is decoded anew for the gradient of ``x``: its plain array is not kept, and learns
+    nothing itself."""
+    return jnp.einsum(equation, x, jax.lax.stop_gradient(weight.materialize()).astype(x.dtype))
+
+
 def _pad(spec: PartitionSpec, ndim: int) -> list:
     """The entries of ``spec`` for an array of ``ndim`` axes: specs are right-aligned here as in sharding.RULES."""
     return [None] * (ndim - len(spec)) + list(spec)
@@ -156,7 +164,9 @@ class LowRank(Leaf):
         return bias_of(self.base, bias)
 
     def rebase(self, weight: Array) -> LowRank:
-        return LowRank(weight - self._delta(), self.a, self.b, self.scale)
+        rest = weight - self._delta()
+        base = self.base.rebase(rest) if isinstance(self.base, Leaf) else rest
+        return LowRank(base, self.a, self.b, self.scale)
 
     def specs(self, weight_spec: PartitionSpec) -> LowRank:
         *layers, rows, columns = _pad(weight_spec, len(self.shape))
@@ -178,10 +188,14 @@ class Quantized(Leaf):
 
     @classmethod
     def quantize(cls, weight: Float[Array, "*L I O"]) -> Quantized:
-        """The nearest representable weight; a column of zeros keeps scale 1."""
-        peak = jnp.max(jnp.abs(weight), axis=-2, keepdims=True)
-        scales = jnp.where(peak > 0, peak / 127.0, 1.0)
-        return cls(values=jnp.round(weight / scales).astype(jnp.int8), scales=scales)
+        """The nearest representable weight; a column of zeros keeps scale 1.
+
+        The codes are those of bitsandbytes (``int8_vectorwise_quant`` of the transposed matrix).
+        """
+        peak = jnp.max(jnp.abs(weight), axis=-2, keepdims=True).astype(jnp.float32)
+        steps = jnp.where(peak > 0, 127.0 / peak, 1.0)
+        values = jnp.round(weight.astype(jnp.float32) * steps).astype(jnp.int8)
+        return cls(values=values, scales=jnp.where(peak > 0, peak / 127.0, 1.0).astype(weight.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -192,13 +206,16 @@ class Quantized(Leaf):
         return self.scales.dtype
 
     def einsum(self, equation: str, x: Array) -> Array:
-        return jnp.einsum(equation, x, self.materialize().astype(x.dtype))
+        return decoded_product(equation, x, self)
 
     def take(self, ids: Int[Array, "..."]) -> Array:
         return jnp.take(self.values, ids, axis=0) * self.scales[0]
 
     def materialize(self) -> Array:
         return self.values * self.scales
+
+    def rebase(self, weight: Array) -> Any:
+        raise ValueError("a quantized base is not rounded again: that would change the weights; keep the base")
 
     def specs(self, weight_spec: PartitionSpec) -> Quantized:
         *layers, rows, columns = _pad(weight_spec, len(self.shape))

@@ -16,6 +16,7 @@ from xylem.peft.methods import ia3 as _ia3
 from xylem.peft.methods import lora as _lora
 from xylem.peft.methods import prefix as _prefix
 from xylem.peft.methods import prompt as _prompt
+from xylem.peft.methods import qlora as _qlora
 from xylem.peft.methods import selection as _selection
 from xylem.peft.tree import Predicate, Tree
 
@@ -49,6 +50,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "lora": Method(config.LoRAConfig, _lora.graft, _lora.trainable),
+    "qlora": Method(config.QLoRAConfig, _qlora.graft, _qlora.trainable),
     "dora": Method(config.DoRAConfig, _dora.graft, _dora.trainable),
     "ia3": Method(config.IA3Config, _ia3.graft, _ia3.trainable),
     "adapter": Method(config.AdapterConfig, _adapter.graft, _adapter.trainable),
@@ -58,6 +60,7 @@ METHODS = {
     "selection": Method(config.SelectionConfig, _selection.graft, _selection.trainable),
 }
 lora = _short(config.LoRAConfig, _lora.graft)
+qlora = _short(config.QLoRAConfig, _qlora.graft)
 dora = _short(config.DoRAConfig, _dora.graft)
 ia3 = _short(config.IA3Config, _ia3.graft)
 adapter = _short(config.AdapterConfig, _adapter.graft)
@@ -65,4 +68,4 @@ prompt = _short(config.PromptConfig, _prompt.graft)
 prefix = _short(config.PrefixConfig, _prefix.graft)
 bitfit = _short(config.BitFitConfig, _bitfit.graft)
 selection = _short(config.SelectionConfig, _selection.graft)
-__all__ = ["METHODS", "adapter", "bitfit", "dora", "ia3", "lora", "merge", "prefix", "prompt", "selection", "unmerge"]
+__all__ = ["METHODS", "adapter", "bitfit", "dora", "ia3", "lora", "merge", "prefix", "prompt", "qlora", "selection", "unmerge"]

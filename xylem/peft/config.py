@@ -58,6 +58,29 @@ class DoRAConfig(LoRAConfig):
 
 
 @dataclass(frozen=True)
+class QLoRAConfig(LoRAConfig):
+    """LoRA beside a base of few bits (QLoRA 2305.14314).
+
+    Attributes:
+        kind: of the base: NormalFloat, four-bit floats, or integers of eight bits with one scale a column.
+        statistics: the four-bit kinds' scales are quantized too (``double``, section 3) or kept in float32.
+        block: rows of a column that share a scale.
+        group: scales that share theirs.
+    """
+
+    kind: Literal["nf4", "fp4", "int8"] = "nf4"
+    statistics: Literal["double", "single"] = "double"
+    block: int = 64
+    group: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sizes(self, "block", "group")
+        if self.block % 2:
+            raise ConfigError("block", self.block, "it must be even: two codes share a byte")
+
+
+@dataclass(frozen=True)
 class IA3Config:
     """Activations are stretched by learned vectors ((IA)3 2205.05638, section 3.3).
 

@@ -1,0 +1,43 @@
+"""Optimizer state in the host's memory between steps (QLoRA 2305.14314, section 3, "paged optimizers").
+
+The step brings the moments to the device and sends them back; XLA moves each when it is needed. Counts stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from xylem.training.state import TrainState
+
+HOST = "pinned_host"
+
+
+def paged(shardings: Any, arrays: Any) -> Any:
+    """The shardings of an optimizer's state, those of its moments in the host's memory where the devices know one.
+
+    ``arrays`` is that state, which may be abstract.
+    """
+
+    def place(where: jax.sharding.NamedSharding, array: Any) -> jax.sharding.NamedSharding:
+        kinds = {memory.kind for memory in where.mesh.devices.flat[0].addressable_memories()}
+        return where.with_memory_kind(HOST) if array.ndim and HOST in kinds else where
+
+    return jax.tree.map(place, shardings, arrays)
+
+
+def paged_step(step: Callable[[TrainState, Any], tuple[TrainState, Any]]) -> Callable[..., tuple[TrainState, Any]]:
+    """``step`` for a state whose moments lie as ``paged`` says: they come, are moved, and go back. To be jitted with
+    those shardings as ``out_shardings``."""
+
+    def stepped(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        state, told = step(state.replace(optimizer=_move(state.optimizer, jax.memory.Space.Device)), batch)
+        return state.replace(optimizer=_move(state.optimizer, jax.memory.Space.Host)), told
+
+    return stepped
+
+
+def _move(moments: Any, space: jax.memory.Space) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, moments)
