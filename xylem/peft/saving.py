@@ -43,8 +43,9 @@ def fingerprint(params: Tree) -> str:
 
 def save_adapter(folder: str | Path, method: str, config: Any, params: Tree, base: str) -> None:
     """Write what ``method`` trained in ``params`` to a folder; ``base`` is the ``fingerprint`` it was grafted onto."""
-    learns = METHODS[method].trainable(params, config)
-    trained = {name: np.asarray(x) for name, x in _arrays(tree.partition(params, learns)[0]).items()}
+    made = METHODS[method]
+    kept = (made.saved or made.trainable)(params, config)
+    trained = {name: np.asarray(x) for name, x in _arrays(tree.partition(params, kept)[0]).items()}
     content = save(trained)
     settings = {"method": method, "config": dataclasses.asdict(config), "base": base}
     settings["arrays"] = hashlib.sha256(content).hexdigest()
