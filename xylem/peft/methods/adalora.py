@@ -141,7 +141,7 @@ def optimizer(inner: optax.GradientTransformation, config: AdaLoRAConfig, steps:
     """
 
     def init(params: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, _only(params))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), _only(params))
         kept = jax.tree.map(lambda each: jnp.ones(each.values.shape, bool), zeros, is_leaf=_is_triplets)
         # A copy: the two are donated together, and one buffer cannot be given away twice.
         return Allocation(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), kept, inner.init(params))
@@ -178,7 +178,8 @@ def optimizer(inner: optax.GradientTransformation, config: AdaLoRAConfig, steps:
 
 def _smoothed(state: Allocation, weights: Tree, gradients: Tree, config: AdaLoRAConfig) -> tuple[Tree, Tree]:
     """The moving averages with one more step (equations 8 to 10)."""
-    now = jax.tree.map(lambda weight, gradient: jnp.abs(weight * gradient), weights, gradients)
+    slope = lambda weight, gradient: jnp.abs(weight.astype(jnp.float32) * gradient)  # noqa: E731
+    now = jax.tree.map(slope, weights, gradients)
     mix = lambda beta: lambda old, new: beta * old + (1 - beta) * new  # noqa: E731
     sensitivity = jax.tree.map(mix(config.beta1), state.sensitivity, now)
     away = jax.tree.map(lambda new, mean: jnp.abs(new - mean), now, sensitivity)
