@@ -111,7 +111,7 @@ def fisher_mask(gradients: Iterable[Tree], config: ChildConfig) -> Tree:
 
 
 @jax.jit
-def _squares(gradients: Tree, clip_norm: float) -> Tree:
+def _squares(gradients: Tree, clip_norm: Any) -> Tree:
     """Squared gradients, each matrix of each layer scaled down to a norm before (torch's clip_grad_norm_)."""
 
     def square(gradient: Array) -> Array:
@@ -128,7 +128,7 @@ def _bits(x: Array) -> Int[Array, "..."]:
 
 
 @jax.jit
-def _above(values: Tree, bits: int) -> list[Array]:
+def _above(values: Tree, bits: Any) -> list[Array]:
     return [jnp.sum(_bits(x) >= bits) for x in jax.tree.leaves(values)]
 
 
