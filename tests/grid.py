@@ -37,6 +37,9 @@ SETTINGS = {
     "bitfit": configs.BitFitConfig(),
     "last": configs.SelectionConfig(last=1),
     "norms": configs.SelectionConfig(targets="norm/"),
+    "child": configs.ChildConfig(),
+    "adalora": configs.AdaLoRAConfig(rank=3, target=2, alpha=5.0),
+    "relora": configs.ReLoRAConfig(rank=3, alpha=5.0, every=7, rewarm=2),
 }
 NAMES = {"rslora": "lora", "houlsby": "adapter", "pfeiffer": "adapter", "last": "selection", "norms": "selection"}
 # Cells that raise: there is nothing that the method could teach.

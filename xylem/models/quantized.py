@@ -47,8 +47,8 @@ class Quantized4(Leaf):
 
     codes: UInt8[Array, "*L I2 O"] | Any
     scales: Float32[Array, "*L J O"] | UInt8[Array, "*L J O"] | Any
-    peaks: Float32[Array, "*L G"] | None | Any
-    offset: Float32[Array, "*L"] | None | Any
+    peaks: Float32[Array, "*L G"] | Any | None
+    offset: Float32[Array, "*L"] | Any | None
     rows: int = struct.field(pytree_node=False)
     group: int = struct.field(pytree_node=False)
     kind: Kind = struct.field(pytree_node=False)

@@ -36,7 +36,7 @@ class LoRAConfig:
     scaling: Literal["standard", "stabilized"] = "standard"
     init: Literal["kaiming", "gaussian"] = "kaiming"
     rate_ratio: float = 1.0
-    name: Literal["lora", "dora"] = field(default="lora", kw_only=True)
+    name: Literal["lora", "dora", "qlora", "relora"] = field(default="lora", kw_only=True)
 
     def __post_init__(self):
         check_choices(self)
@@ -54,7 +54,7 @@ class LoRAConfig:
 class DoRAConfig(LoRAConfig):
     """LoRA of the columns' directions, their lengths learned apart (DoRA 2402.09353)."""
 
-    name: Literal["lora", "dora"] = field(default="dora", kw_only=True)
+    name: Literal["lora", "dora", "qlora", "relora"] = field(default="dora", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class QLoRAConfig(LoRAConfig):
     statistics: Literal["double", "single"] = "double"
     block: int = 64
     group: int = 256
+    name: Literal["lora", "dora", "qlora", "relora"] = field(default="qlora", kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -190,3 +191,102 @@ class SelectionConfig:
             raise ConfigError("last", self.last, "it must not be negative")
         if not self.last and self.targets is None:
             raise ConfigError("last", self.last, "a number of layers, or targets, or both")
+
+
+@dataclass(frozen=True)
+class AdaLoRAConfig:
+    """A frozen weight W learns as W + scale P diag(values) Q; the least important values go (AdaLoRA 2303.10512).
+
+    Attributes:
+        rank: values of each matrix at first.
+        target: values of each matrix in the end, on average.
+        alpha: the sum is scaled by ``alpha / (rank + 1e-5)`` (huggingface/peft, adalora/layer.py).
+        targets: which matrices.
+        warmup: share of the run before the budget falls (section 3.3: t_i).
+        settle: share of the run at its end in which the choice stands (t_f).
+        every: steps from one choice to the next (delta T).
+        beta1, beta2: of the averages of sensitivity and of its uncertainty (equations 9 and 10).
+        penalty: weight of the distance of P and Q from orthogonality (equation 4; 0.1 in QingruZhang/AdaLoRA).
+    """
+
+    rank: int = 12
+    target: int = 8
+    alpha: float = 16.0
+    targets: str = LINEAR
+    warmup: float = 0.1
+    settle: float = 0.3
+    every: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    penalty: float = 0.1
+    name: Literal["adalora"] = field(default="adalora", kw_only=True)
+
+    def __post_init__(self):
+        check_sizes(self, "rank", "target", "every")
+        if self.target > self.rank:
+            raise ConfigError("target", self.target, f"at most rank = {self.rank}: the budget falls")
+        for name in ("warmup", "settle"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(name, getattr(self, name), "it must lie in [0, 1): a share of the run")
+        if not self.warmup + self.settle < 1.0:
+            raise ConfigError("settle", self.settle, f"some of the run must be left beside warmup = {self.warmup}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ConfigError(name, getattr(self, name), "it must lie in (0, 1)")
+        if self.penalty < 0:
+            raise ConfigError("penalty", self.penalty, "it must not be negative")
+
+
+@dataclass(frozen=True)
+class ChildConfig:
+    """Every weight of the network learns, but not all of them from every gradient (Child-tuning 2109.05687).
+
+    Attributes:
+        mask: ``random``: each step draws which gradients count (section 2.1, CHILD-TUNING_F); ``fisher``: the weights
+            with the largest Fisher information learn, the others never move (section 2.2, CHILD-TUNING_D).
+        share: how many count.
+        targets: of ``fisher``: the weights that compete; all others learn (alibaba/AliceMind, ChildTuningD.py:
+            those in layers).
+        clip_norm: of ``fisher``: the gradient of each matrix is scaled down to it before it is squared (the same).
+        seed: of what ``random`` draws.
+    """
+
+    mask: Literal["random", "fisher"] = "random"
+    share: float = 0.3
+    targets: str = r"layers(_\d+)?/"
+    clip_norm: float = 1.0
+    seed: int = 0
+    name: Literal["child"] = field(default="child", kw_only=True)
+
+    def __post_init__(self):
+        check_choices(self)
+        if not 0.0 < self.share <= 1.0:
+            raise ConfigError("share", self.share, "it must lie in (0, 1]")
+        if not self.clip_norm > 0:
+            raise ConfigError("clip_norm", self.clip_norm, "it must be positive")
+
+
+@dataclass(frozen=True)
+class ReLoRAConfig(LoRAConfig):
+    """LoRA that moves what it has learned into the frozen weights and begins anew (ReLoRA 2307.05695).
+
+    Attributes:
+        every: steps from one restart to the next (section 3).
+        prune: share of the pairs' moments that each restart sets to zero at random (0.9 to 0.999).
+        rewarm: steps in which the learning rate comes back after a restart (50 to 100).
+        others: weights that are no target are ``frozen``, or ``learn`` as a run from scratch needs it.
+    """
+
+    every: int = 5000
+    prune: float = 0.999
+    rewarm: int = 100
+    others: Literal["frozen", "learn"] = "frozen"
+    name: Literal["lora", "dora", "qlora", "relora"] = field(default="relora", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sizes(self, "every")
+        if not 0.0 <= self.prune <= 1.0:
+            raise ConfigError("prune", self.prune, "it must lie in [0, 1]")
+        if not 0 <= self.rewarm < self.every:
+            raise ConfigError("rewarm", self.rewarm, f"at least 0 and less than every = {self.every}")

@@ -44,8 +44,9 @@ def fingerprint(params: Tree) -> str:
 
 def save_adapter(folder: str | Path, config: Any, params: Tree, base: str) -> None:
     """Write what a method trained in ``params`` to a folder; ``base`` is the ``fingerprint`` it was grafted onto."""
-    learns = METHODS[config.name].trainable(params, config)
-    write(folder, config, tree.partition(params, learns)[0], base)
+    method = METHODS[config.name]
+    kept = (method.saved or method.trainable)(params, config)
+    write(folder, config, tree.partition(params, kept)[0], base)
 
 
 def write(folder: str | Path, config: Any, trained: Any, base: str) -> None:

@@ -6,6 +6,7 @@ stack; ``peft.tree.per_layer`` maps each optimizer over the layer axis instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -93,7 +94,16 @@ def per_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm of the whole tree, then the named optimizer layer by layer."""
-    lifted = per_layer(one_layer(config, make_schedule(config, steps)))
+def make_optimizer(
+    config: OptimizerConfig,
+    steps: int,
+    schedule: optax.Schedule | None = None,
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda inner: inner,
+) -> optax.GradientTransformation:
+    """Clipping by the global norm of the whole tree, then the named optimizer layer by layer.
+
+    ``schedule`` stands in place of the one the config names; ``wrap`` is what a method makes of the optimizer behind
+    the clipping.
+    """
+    lifted = wrap(per_layer(one_layer(config, schedule or make_schedule(config, steps))))
     return lifted if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), lifted)

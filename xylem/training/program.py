@@ -79,6 +79,8 @@ class Start(NamedTuple):
         trains: which of them learn, of ``params``.
         fold: what the network is given, of ``params``.
         optimizer: around the optimizer of the config.
+        penalty: what the loss has added, of what is learned.
+        restart: what happens to a state before a step, given randomness.
         keeps: see ``Program``.
     """
 
@@ -87,6 +89,8 @@ class Start(NamedTuple):
     trains: Callable[[Any], Callable[[str, Any], bool]] = lambda params: everything
     fold: Callable[[Any], Any] = lambda params: params
     optimizer: Callable[[Any], Any] = lambda inner: inner
+    penalty: Callable[[Any], Any] = lambda params: 0.0
+    restart: Callable[[TrainState, Any], TrainState] = lambda state, key: state
     keeps: bool = True
 
 
@@ -122,24 +126,30 @@ def assemble(config: RunConfig, mesh: Mesh, begin: Start = FRESH) -> Program:
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, told = minimised(module, config.objective, state.step)
-        state, metrics = train_step(state, batch, loss=folding(loss, begin.fold), **settings)
+        state = begin.restart(state, jax.random.fold_in(jax.random.wrap_key_data(state.rng), ~state.step))
+        state, metrics = train_step(state, batch, loss=folding(loss, begin), **settings)
         return state, metrics | told
 
-    judged = folding(partial(LOSSES.get(config.objective.name, causal_lm), module, config.objective), begin.fold)
+    judged = partial(LOSSES.get(config.objective.name, causal_lm), module, config.objective)
     return Program(
         module=module,
         create=create,
         abstract=abstract,
         step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
-        validate=jax.jit(partial(eval_step, loss=judged)),
+        validate=jax.jit(partial(eval_step, loss=lambda params, *rest: judged(begin.fold(params), *rest))),
         given=begin.given,
         keeps=begin.keeps,
     )
 
 
-def folding(loss: Loss, fold: Callable[[Any], Any]) -> Loss:
-    """A loss of what a network is given, as one of what is learned."""
-    return lambda params, batch, rng: loss(fold(params), batch, rng)
+def folding(loss: Loss, begin: Start) -> Loss:
+    """A loss of what a network is given, as one of what is learned, the penalty included."""
+
+    def whole(params: Any, batch: Batch, rng: Any) -> Any:
+        sums = loss(begin.fold(params), batch, rng)
+        return sums.replace(loss=sums.loss + begin.penalty(params) * sums.weight)
+
+    return whole
 
 
 LOSSES = {"truncated": next_window, "masked_lm": masked_lm, "classification": text_classification}

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import PRNGKeyArray
 
 from xylem.models.leaves import LowRank
 from xylem.peft.config import LoRAConfig
 from xylem.peft.tree import Predicate, Tree, rewrite
+from xylem.sharding import path_name
 
 
 def graft(params: Tree, key: PRNGKeyArray, config: LoRAConfig) -> Tree:
@@ -41,3 +43,22 @@ def pair(path: str, weight: Any, key: PRNGKeyArray, config: LoRAConfig) -> LowRa
 def trainable(params: Tree, config: LoRAConfig) -> Predicate:
     """A and B."""
     return lambda path, _: path.endswith(("/a", "/b"))
+
+
+def optimizer(inner: optax.GradientTransformation, config: LoRAConfig, steps: int) -> optax.GradientTransformation:
+    """``inner``, by which B moves ``config.rate_ratio`` times as far (LoRA+ 2402.12354, section 4.2).
+
+    A table's B is drawn and its A zero; it keeps the common rate (nikhil-ghosh-berkeley/loraplus, lora_plus.py).
+    """
+    if config.rate_ratio == 1.0:
+        return inner
+
+    def scaled(path: Any, update: Any) -> Any:
+        name = path_name(path)
+        return config.rate_ratio * update if name.endswith("/b") and "embedding/" not in name else update
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        updates, state = inner.update(updates, state, params)
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+    return optax.GradientTransformation(inner.init, update)
