@@ -1,4 +1,4 @@
-"""A batch in which every row has an adapter of its own: each row served alone is the same, and so is peft's mixed batch."""
+"""A batch whose rows have adapters of their own: each row served alone is the same, and so is peft's mixed batch."""
 
 import re
 import warnings

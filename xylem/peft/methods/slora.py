@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -138,7 +139,7 @@ def assign(pool: Tree, ids: Int[Array, "B"] | Int[np.ndarray, "B"] | Sequence[in
         ConfigError: an id that the pool lacks (where ids are known: not inside jit).
     """
     places = next(x.a.shape[-3] for x in flatten(pool).values() if isinstance(x, BatchedLowRank))
-    if not isinstance(ids, jax.core.Tracer):
+    if not isinstance(ids, Tracer):
         known = np.asarray(ids)
         if known.ndim != 1 or not np.all((known >= -1) & (known < places)):
             raise ConfigError("ids", known.tolist(), f"one a row, from -1 (no adapter) to {places - 1}")
