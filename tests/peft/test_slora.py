@@ -2,13 +2,13 @@
 
 import re
 import warnings
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grid import VOCAB, base_of, module_of, moved, texts
+from adapters import adapter_of, learned
+from grid import VOCAB, base_of, module_of, texts
 from operations import apart
 from oracles import pair, random_llama
 
@@ -18,27 +18,10 @@ from xylem.generation.sampling import Sampling, generate
 from xylem.models.conversion import flatten
 from xylem.models.leaves import LowRank
 from xylem.peft.methods import slora
-from xylem.peft.tree import combine, partition
 from xylem.sharding import path_name
 
 RANKS, ADAPTERS, REQUESTS, T = (8, 16, 32, 64), 32, 64, 5
 EVERYTHING = r"layers/.*/kernel|embed/"
-
-
-@partial(jax.jit, static_argnames=("rank", "targets"))
-def pairs_of(base, key, rank, targets):
-    grafted = peft.lora(base, key, rank=rank, alpha=2.0 * rank**0.5, targets=targets)
-    return partition(moved(grafted, learned, key), learned)[0]
-
-
-def learned(path, _):
-    return path.endswith(("/a", "/b"))
-
-
-def adapter_of(base, key, rank, targets=r"layers/.*/kernel"):
-    """A trained adapter, or what looks like one, its base the same arrays."""
-    grafted = peft.lora(base, key, rank=rank, targets=targets)
-    return combine(pairs_of(base, key, rank, targets), partition(grafted, learned)[1])
 
 
 @pytest.fixture(scope="module")
