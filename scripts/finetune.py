@@ -15,7 +15,10 @@ from typing import Any
 
 from xylem.launch import launch
 
-METHODS = ("lora", "dora", "ia3", "adapter", "prompt", "prefix", "bitfit", "selection")
+METHODS = (
+    *("lora", "qlora", "dora", "adalora", "relora", "ia3", "adapter", "prompt", "prefix", "bitfit", "selection"),
+    "child",
+)
 
 
 def main(arguments: list[str]) -> None:

@@ -46,10 +46,11 @@ def prepare(
         strange = sorted({label for _, _, label in texts} - set(names))
         if strange:
             raise ConfigError("data.validation", strange[0], f"the labels are {', '.join(names)}", names)
-        made = (_row(tokenizer, *pair, names.index(label), config.sequence_length) for *pair, label in texts)
-        rows[split] = [
-            {name: x for name, x in row.items() if name != "token_types" or token_types == "present"} for row in made
-        ]
+        made = [_row(tokenizer, one[:2], names.index(one[2]), config.sequence_length) for one in texts]
+        if token_types == "absent":
+            for row in made:
+                del row["token_types"]
+        rows[split] = made
         counts[split] = {
             "documents": len(texts),
             "bytes": sum(len((first + second).encode()) for first, second, _ in texts),
@@ -72,8 +73,8 @@ def _read(path: Path, setting: str) -> list[tuple[str, str, str]]:
     return made
 
 
-def _row(tokenizer: Tokenizer, first: str, second: str, label: int, length: int) -> dict[str, Any]:
-    ids, types = _joined(tokenizer, [text for text in (first, second) if text], length)
+def _row(tokenizer: Tokenizer, pair: Sequence[str], label: int, length: int) -> dict[str, Any]:
+    ids, types = _joined(tokenizer, [text for text in pair if text], length)
     room = length - len(ids)
     return {
         "tokens": np.pad(ids, (0, room)),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from xylem.data import conversations, labelled
 from xylem.data.pipeline import Prepared
@@ -18,6 +19,8 @@ from xylem.models.config import TransformerConfig
 from xylem.models.language_model import LanguageModel
 from xylem.peft import saving
 from xylem.peft.calls import METHODS
+from xylem.peft.config import ReLoRAConfig
+from xylem.peft.methods import relora
 from xylem.training.checkpoint import load_params
 from xylem.training.finetune_config import FinetuneConfig
 from xylem.training.loop import corpus_of, train
@@ -44,8 +47,8 @@ def finetune(config: FinetuneConfig, params: Any, tokenizer: Tokenizer, argv: Se
     begin = start_of(config, params, len(labels))
     summary = train(config, partial(assemble, config, begin=begin), lambda _: data, argv)
     if summary["step"] == config.steps and jax.process_index() == 0:
-        trained, _ = load_params(config.run_dir, entries=("trainable", "frozen"))
-        saving.write(Path(config.run_dir) / ADAPTER, config.method, trained, config.base_hash)
+        held, _ = load_params(config.run_dir, entries=("trainable", "frozen"))
+        saving.write(Path(config.run_dir) / ADAPTER, config.method, _kept(config, held), config.base_hash)
     return summary
 
 
@@ -63,4 +66,31 @@ def start_of(config: FinetuneConfig, params: Any, num_labels: int) -> Start:
         learns = method.trainable(grafted, config.method)
         return lambda path, weight: learns(path, weight) or path.startswith("classifier/")
 
-    return Start(make, (params,), trains, method.fold, keeps=False)
+    return Start(
+        make,
+        (params,),
+        trains,
+        method.fold,
+        schedule=_schedule(config),
+        optimizer=lambda inner: method.optimizer(inner, config.method, config.steps),
+        penalty=lambda params: method.penalty(params, config.method),
+        restart=lambda state, key: method.restart(state, key, config.method),
+        keeps=method.saved is not None,  # then frozen weights change as well
+    )
+
+
+def _schedule(config: FinetuneConfig) -> optax.Schedule | None:
+    """ReLoRA's own learning rates, which fall to zero at each restart; None for those the config names."""
+    if not isinstance(config.method, ReLoRAConfig):
+        return None
+    rates = config.optimizer
+    return relora.schedule(config.method, config.steps, rates.learning_rate, rates.warmup_steps, rates.final_fraction)
+
+
+def _kept(config: FinetuneConfig, held: Any) -> dict[str, Any]:
+    """What an adapter's file has of a checkpoint's weights, by path; ``held`` has all of them where any frozen one."""
+    method = METHODS[config.method.name]
+    if method.saved is None:
+        return saving.arrays(held)
+    keeps = method.saved(held, config.method)
+    return {path: x for path, x in saving.arrays(held).items() if keeps(path, x)}

@@ -6,20 +6,35 @@ from dataclasses import dataclass, field
 
 from xylem.models.config import ModelConfig, TransformerConfig
 from xylem.peft.config import (
+    AdaLoRAConfig,
     AdapterConfig,
     BitFitConfig,
+    ChildConfig,
     DoRAConfig,
     IA3Config,
     LoRAConfig,
     PrefixConfig,
     PromptConfig,
+    QLoRAConfig,
+    ReLoRAConfig,
     SelectionConfig,
 )
 from xylem.training.config import RunConfig, objectives_of
 from xylem.training.objective_config import Objective
 
 MethodConfig = (
-    LoRAConfig | DoRAConfig | IA3Config | AdapterConfig | PromptConfig | PrefixConfig | BitFitConfig | SelectionConfig
+    LoRAConfig
+    | QLoRAConfig
+    | DoRAConfig
+    | AdaLoRAConfig
+    | ReLoRAConfig
+    | IA3Config
+    | AdapterConfig
+    | PromptConfig
+    | PrefixConfig
+    | BitFitConfig
+    | SelectionConfig
+    | ChildConfig
 )
 
 

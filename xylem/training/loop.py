@@ -36,7 +36,6 @@ from xylem.training.inputs import objective_data, train_flops_per_token
 from xylem.training.objectives import Sums
 from xylem.training.program import Program, assemble
 from xylem.training.run_folder import CHECKPOINTS, METRICS, open_run
-from xylem.training.schedules import make_schedule
 from xylem.training.signals import stop_requests
 
 NONFINITE_LIMIT = 3  # steps in a row
@@ -70,7 +69,7 @@ def train(
     join_hosts()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     program = program_on(mesh)
-    schedule, ramp = make_schedule(config.optimizer, config.steps), config.batch_ramp
+    schedule, ramp = program.schedule, config.batch_ramp
     settings, writer = dataclasses.asdict(config), jax.process_index() == 0
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -23,6 +24,7 @@ from xylem.training.objective_config import ObjectiveConfig, SampledConfig
 from xylem.training.objectives import causal_lm, masked_lm, next_window
 from xylem.training.optimizers import make_optimizer
 from xylem.training.scheduled_sampling import make_decay, scheduled_sampling
+from xylem.training.schedules import make_schedule
 from xylem.training.state import TrainState, abstract_state, everything, make_state, new_state
 from xylem.training.step import Batch, Loss, eval_step, train_step
 
@@ -34,6 +36,7 @@ class Program(NamedTuple):
         module: the network.
         create: makes the state before the first step, from ``given``.
         abstract: shape, type and sharding of every array of that state.
+        schedule: the learning rate by step.
         step: (state, batch) -> (state, metrics), jitted; the state is donated.
         validate: (params, batch) -> sums, jitted; a batch may hold the ``carry`` of the one before it.
         given: the weights that ``create`` is given; none for a network that begins fresh.
@@ -43,6 +46,7 @@ class Program(NamedTuple):
     module: LanguageModel
     create: Callable[..., TrainState]
     abstract: TrainState
+    schedule: optax.Schedule
     step: Any
     validate: Any
     given: tuple[Any, ...] = ()
@@ -78,6 +82,7 @@ class Start(NamedTuple):
         given: weights that the parameters are made of.
         trains: which of them learn, of ``params``.
         fold: what the network is given, of ``params``.
+        schedule: the learning rates, in place of those the config names.
         optimizer: around the optimizer of the config.
         penalty: what the loss has added, of what is learned.
         restart: what happens to a state before a step, given randomness.
@@ -88,6 +93,7 @@ class Start(NamedTuple):
     given: tuple[Any, ...] = ()
     trains: Callable[[Any], Callable[[str, Any], bool]] = lambda params: everything
     fold: Callable[[Any], Any] = lambda params: params
+    schedule: optax.Schedule | None = None
     optimizer: Callable[[Any], Any] = lambda inner: inner
     penalty: Callable[[Any], Any] = lambda params: 0.0
     restart: Callable[[TrainState, Any], TrainState] = lambda state, key: state
@@ -112,7 +118,9 @@ def assemble(config: RunConfig, mesh: Mesh, begin: Start = FRESH) -> Program:
     if config.batch_size % parts:
         allowed = f"mesh.data x mesh.fsdp x accumulate = {parts} must divide it"
         raise ConfigError("batch_size", config.batch_size, allowed)
-    module, optimizer = models.build(config.model), begin.optimizer(make_optimizer(config.optimizer, config.steps))
+    module = models.build(config.model)
+    schedule = begin.schedule or make_schedule(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, schedule, begin.optimizer)
     carries = config.objective.name == "truncated"
 
     def create(*given: Any) -> TrainState:
@@ -135,6 +143,7 @@ def assemble(config: RunConfig, mesh: Mesh, begin: Start = FRESH) -> Program:
         module=module,
         create=create,
         abstract=abstract,
+        schedule=schedule,
         step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
         validate=jax.jit(partial(eval_step, loss=lambda params, *rest: judged(begin.fold(params), *rest))),
         given=begin.given,
