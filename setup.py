@@ -43,6 +43,8 @@ EXTRAS = {
         "onnxruntime>=1.23",
         "torch==2.13.0; python_version < '3.12'",
         "transformers>=5.0,<6; python_version < '3.12'",
+        "peft>=0.21,<0.22; python_version < '3.12'",
+        "bitsandbytes>=0.50; python_version < '3.12'",
     ],
     "dev": ["ruff>=0.14", "pyright>=1.1.400"],
 }
