@@ -66,20 +66,21 @@ class Quantized4(Leaf):
         return decoded_product(equation, x, self)
 
     def take(self, ids: Int[Array, "..."]) -> Array:
-        block = 2 * self.codes.shape[-2] // self.scales.shape[-2]
         byte = jnp.take(self.codes, ids // 2, axis=0)
         codes = jnp.where((ids % 2 == 0)[..., None], byte >> 4, byte & 15)
-        scales = jnp.take(self._scales(), ids // block, axis=0)
+        scales = jnp.take(self._scales(), ids // self._block(), axis=0)
         return (_look_up(VALUES[self.kind], codes) * scales).astype(self.dtype)
 
     def materialize(self) -> Array:
-        scales = self._scales()
-        codes = jnp.stack([self.codes >> 4, self.codes & 15], axis=-2)
-        *layers, columns = (*self.codes.shape[:-2], self.codes.shape[-1])
-        values = _look_up(VALUES[self.kind], codes.reshape(*layers, scales.shape[-2], -1, columns))
-        # The type first: on a TPU what is made whole is then the smaller array.
-        weight = (values * scales[..., None, :]).astype(self.dtype).reshape(*layers, -1, columns)
+        scales = jnp.repeat(self._scales(), self._block() // 2, axis=-2)
+        halves = [_look_up(VALUES[self.kind], half) * scales for half in (self.codes >> 4, self.codes & 15)]
+        # The type first: what is interleaved is then the smaller array.
+        weight = jnp.stack([half.astype(self.dtype) for half in halves], axis=-2)
+        weight = weight.reshape(*weight.shape[:-3], -1, weight.shape[-1])
         return weight[..., : self.rows, :]
+
+    def _block(self) -> int:
+        return 2 * self.codes.shape[-2] // self.scales.shape[-2]
 
     def _scales(self) -> Float32[Array, "*L J O"]:
         if self.peaks is None:
