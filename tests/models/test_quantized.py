@@ -1,5 +1,7 @@
 """Four-bit weights are those of bitsandbytes, bit for bit, and no decoded matrix outlives its product."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def differ(ours: list, theirs: list) -> float:
 
 def case(rng: np.random.Generator, dtype: str = "float32") -> jax.Array:
     """A stack of matrices of bfloat16's values, as published ones are: whatever the order, sums of few are exact."""
-    layers, rows, columns = rng.integers(1, 3), rng.integers(1, 260), rng.integers(5, 60)
+    layers, rows, columns = (int(rng.integers(low, high)) for low, high in ((1, 3), (1, 260), (5, 60)))
     weight = normal(rng, layers, rows, columns, std=0.02).astype(jnp.bfloat16).astype(dtype)
     return weight.at[0, :BLOCK, 0].set(0)
 
@@ -42,6 +44,7 @@ def bitsandbytes(weight: jax.Array, kind: str, statistics: str):
     rows = weight.shape[0]
     padded = np.pad(np.asarray(weight, np.float32).T, ((0, 0), (0, -rows % BLOCK)))
     matrix = torch.from_numpy(padded).to(getattr(torch, weight.dtype.name))
+    state: Any
     codes, state = bnb.quantize_4bit(matrix, quant_type=kind, compress_statistics=statistics == "double")
     decoded = bnb.dequantize_4bit(codes, state)[:, :rows]
     kept = [codes.numpy(), state.absmax.numpy()]
@@ -103,8 +106,8 @@ def test_int8_codes_are_those_of_bitsandbytes(rng_seed, proof):
     leaf = Quantized.quantize(weight)
     np.testing.assert_allclose(leaf.scales[0] * 127, peaks.numpy(), rtol=1e-6)
     wrong = Quantized.quantize(weight.T).values.T
-    assert np.mean(np.asarray(wrong).T != codes.numpy()) > 0.01
-    error = float(np.mean(np.asarray(leaf.values).T != codes.numpy()))
+    assert np.mean(codes.numpy() != np.asarray(wrong).T) > 0.01
+    error = float(np.mean(codes.numpy() != np.asarray(leaf.values).T))
     proof("int8 by columns: codes", "bitsandbytes on a CPU, share that differs", error, 0.0, rng_seed, "scales of rows")
 
 

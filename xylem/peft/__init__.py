@@ -10,9 +10,35 @@ first asked for, so that configs can be read without jax.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xylem.peft.calls import METHODS, adapter, bitfit, dora, ia3, lora, merge, prefix, prompt, qlora, selection, unmerge
+    from xylem.peft.calls import (
+        METHODS,
+        adapter,
+        bitfit,
+        dora,
+        ia3,
+        lora,
+        merge,
+        prefix,
+        prompt,
+        qlora,
+        selection,
+        unmerge,
+    )
 
-__all__ = ["METHODS", "adapter", "bitfit", "dora", "ia3", "lora", "merge", "prefix", "prompt", "qlora", "selection", "unmerge"]
+__all__ = [
+    "METHODS",
+    "adapter",
+    "bitfit",
+    "dora",
+    "ia3",
+    "lora",
+    "merge",
+    "prefix",
+    "prompt",
+    "qlora",
+    "selection",
+    "unmerge",
+]
 
 
 def __getattr__(name: str) -> Any:

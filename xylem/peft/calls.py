@@ -68,4 +68,17 @@ prompt = _short(config.PromptConfig, _prompt.graft)
 prefix = _short(config.PrefixConfig, _prefix.graft)
 bitfit = _short(config.BitFitConfig, _bitfit.graft)
 selection = _short(config.SelectionConfig, _selection.graft)
-__all__ = ["METHODS", "adapter", "bitfit", "dora", "ia3", "lora", "merge", "prefix", "prompt", "qlora", "selection", "unmerge"]
+__all__ = [
+    "METHODS",
+    "adapter",
+    "bitfit",
+    "dora",
+    "ia3",
+    "lora",
+    "merge",
+    "prefix",
+    "prompt",
+    "qlora",
+    "selection",
+    "unmerge",
+]
