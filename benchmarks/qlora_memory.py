@@ -51,7 +51,7 @@ def step_memory(name: str, layers: int, mesh: Mesh) -> dict[str, Any]:
     optimizer = make_optimizer(OptimizerConfig(), 1000)
 
     def create():
-        params = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        params: Any = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
         grafted = method.graft(params, jax.random.key(1), settings)
         return new_state(grafted, optimizer, 0, trains=method.trainable(grafted, settings))
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Float32, Int, Int8
 
 
 class Leaf:
@@ -184,7 +184,8 @@ class Quantized(Leaf):
     """Symmetric 8-bit integers with one scale an output column (LLM.int8() 2208.07339, section 2.1, absmax)."""
 
     values: Int8[Array, "*L I O"] | Any
-    scales: Float[Array, "*L 1 O"] | Any
+    scales: Float32[Array, "*L 1 O"] | Any
+    stored: str = struct.field(pytree_node=False, default="float32")
 
     @classmethod
     def quantize(cls, weight: Float[Array, "*L I O"]) -> Quantized:
@@ -195,7 +196,7 @@ class Quantized(Leaf):
         peak = jnp.max(jnp.abs(weight), axis=-2, keepdims=True).astype(jnp.float32)
         steps = jnp.where(peak > 0, 127.0 / peak, 1.0)
         values = jnp.round(weight.astype(jnp.float32) * steps).astype(jnp.int8)
-        return cls(values=values, scales=jnp.where(peak > 0, peak / 127.0, 1.0).astype(weight.dtype))
+        return cls(values=values, scales=jnp.where(peak > 0, peak / 127.0, 1.0), stored=weight.dtype.name)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -203,20 +204,21 @@ class Quantized(Leaf):
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.scales.dtype
+        return jnp.dtype(self.stored)
 
     def einsum(self, equation: str, x: Array) -> Array:
         return decoded_product(equation, x, self)
 
     def take(self, ids: Int[Array, "..."]) -> Array:
-        return jnp.take(self.values, ids, axis=0) * self.scales[0]
+        return (jnp.take(self.values, ids, axis=0) * self.scales[0]).astype(self.dtype)
 
     def materialize(self) -> Array:
-        return self.values * self.scales
+        return (self.values * self.scales).astype(self.dtype)
 
     def rebase(self, weight: Array) -> Any:
         raise ValueError("a quantized base is not rounded again: that would change the weights; keep the base")
 
     def specs(self, weight_spec: PartitionSpec) -> Quantized:
         *layers, rows, columns = _pad(weight_spec, len(self.shape))
-        return Quantized(values=PartitionSpec(*layers, rows, columns), scales=PartitionSpec(*layers, None, columns))
+        values, scales = PartitionSpec(*layers, rows, columns), PartitionSpec(*layers, None, columns)
+        return Quantized(values=values, scales=scales, stored=self.stored)

@@ -1,4 +1,4 @@
-"""Weights of four bits: NormalFloat and four-bit floats in blocks, the blocks' scales quantized again (QLoRA 2305.14314).
+"""Weights of four bits (QLoRA 2305.14314): NormalFloat and four-bit floats in blocks, the blocks' scales in 8 bits.
 
 Codes, scales and decoded values are those of bitsandbytes on a CPU, to the bit, for the same matrix stored as torch
 stores it, (out, in): blocks run along a column of ours. Differences that this leaves, all of one unit in the last
@@ -25,13 +25,12 @@ Statistics = Literal["double", "single"]
 # The value of each code over its block's largest. NF4: 2305.14314, appendix E; its quantiles are equally likely under
 # a normal distribution. FP4: sign, two bits of exponent, one of fraction, in twelfths (bitsandbytes, functional.py).
 _TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+_NORMAL = """
+    -1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
+    -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+    0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0"""
 VALUES: dict[str, np.ndarray] = {
-    "nf4": np.array(
-        [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
-        + [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
-        + [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
-        np.float32,
-    ),
+    "nf4": np.array(_NORMAL.split(), np.float32),
     # 0 - x: bitsandbytes knows no negative zero.
     "fp4": np.array([*_TWELFTHS, *(0.0 - value for value in _TWELFTHS)], np.float32) / np.float32(12),
 }
@@ -66,23 +65,24 @@ class Quantized4(Leaf):
         return decoded_product(equation, x, self)
 
     def take(self, ids: Int[Array, "..."]) -> Array:
-        block = 2 * self.codes.shape[-2] // self.scales.shape[-2]
         byte = jnp.take(self.codes, ids // 2, axis=0)
         codes = jnp.where((ids % 2 == 0)[..., None], byte >> 4, byte & 15)
-        scales = jnp.take(self._scales(), ids // block, axis=0)
+        scales = jnp.take(self._scales(), ids // self._block(), axis=0)
         return (_look_up(VALUES[self.kind], codes) * scales).astype(self.dtype)
 
     def materialize(self) -> Array:
-        scales = self._scales()
-        codes = jnp.stack([self.codes >> 4, self.codes & 15], axis=-2)
-        *layers, columns = (*self.codes.shape[:-2], self.codes.shape[-1])
-        values = _look_up(VALUES[self.kind], codes.reshape(*layers, scales.shape[-2], -1, columns))
-        # The type first: on a TPU what is made whole is then the smaller array.
-        weight = (values * scales[..., None, :]).astype(self.dtype).reshape(*layers, -1, columns)
+        scales = jnp.repeat(self._scales(), self._block() // 2, axis=-2)
+        halves = [_look_up(VALUES[self.kind], half) * scales for half in (self.codes >> 4, self.codes & 15)]
+        # The type first: what is interleaved is then the smaller array.
+        weight = jnp.stack([half.astype(self.dtype) for half in halves], axis=-2)
+        weight = weight.reshape(*weight.shape[:-3], -1, weight.shape[-1])
         return weight[..., : self.rows, :]
 
+    def _block(self) -> int:
+        return 2 * self.codes.shape[-2] // self.scales.shape[-2]
+
     def _scales(self) -> Float32[Array, "*L J O"]:
-        if self.peaks is None:
+        if self.peaks is None or self.offset is None:
             return self.scales
         *layers, blocks, columns = self.scales.shape
         peaks = jnp.repeat(self.peaks, self.group, axis=-1)[..., : blocks * columns]
@@ -98,11 +98,13 @@ class Quantized4(Leaf):
         """Codes lie as the weight does. Scales are whole along its rows, where a part need not hold whole blocks, and
         peaks are whole, which know no columns: 1/64 and 1/4096 byte a weight."""
         *layers, rows, columns = [*[None] * (len(self.shape) - len(weight_spec)), *weight_spec]
-        return self.replace(
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("rows", "group", "kind", "stored")}
+        return Quantized4(
             codes=PartitionSpec(*layers, rows, columns),
             scales=PartitionSpec(*layers, None, columns),
             peaks=None if self.peaks is None else PartitionSpec(*layers, None),
             offset=None if self.offset is None else PartitionSpec(*layers),
+            **parts,
         )
 
 
@@ -138,7 +140,9 @@ def _nearest4(x: Float32[Array, "J K O"], kind: Kind) -> UInt8[Array, "J K O"]:
     """The code of the nearest value; halfway between two it is the lower one."""
     order = np.argsort(VALUES[kind], kind="stable")
     ascending = VALUES[kind][order]
-    place = sum((x > bound).astype(jnp.uint8) for bound in (ascending[1:] + ascending[:-1]) / np.float32(2))
+    place = jnp.zeros(x.shape, jnp.uint8)
+    for bound in (ascending[1:] + ascending[:-1]) / np.float32(2):
+        place += (x > bound).astype(jnp.uint8)
     return _look_up(order.astype(np.uint8), place)
 
 

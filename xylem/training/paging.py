@@ -22,7 +22,8 @@ def paged(shardings: Any, arrays: Any) -> Any:
     """
 
     def place(where: jax.sharding.NamedSharding, array: Any) -> jax.sharding.NamedSharding:
-        kinds = {memory.kind for memory in where.mesh.devices.flat[0].addressable_memories()}
+        device: Any = next(iter(where.device_set))
+        kinds = {memory.kind for memory in device.addressable_memories()}
         return where.with_memory_kind(HOST) if array.ndim and HOST in kinds else where
 
     return jax.tree.map(place, shardings, arrays)
