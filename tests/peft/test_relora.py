@@ -41,8 +41,8 @@ def program():
 
     @jax.jit
     def step(state, batch, key, restarts):
-        often = lambda state: relora.restart_when_due(state, key, CONFIG)  # noqa: E731
-        state = jax.lax.cond(restarts, often, lambda state: state, state)
+        begin = lambda state: relora.restart(state, key, CONFIG)  # noqa: E731
+        state = jax.lax.cond(restarts & relora.due(state.step, CONFIG), begin, lambda state: state, state)
         return train_step(state, batch, loss=loss, optimizer=optimizer, ema=0.9)
 
     return optimizer, step

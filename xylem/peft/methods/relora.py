@@ -62,19 +62,18 @@ def restart(state: Any, key: PRNGKeyArray, config: ReLoRAConfig) -> Any:
     params = rewrite(combine(state.trainable, state.frozen), config.targets, begin, drawing)
     changed = {"trainable": _where_held(state.trainable, params), "frozen": _where_held(state.frozen, params)}
     if state.ema is not None:
-        anew = lambda path, old, new: new if path_name(path).endswith(("/a", "/b")) else old  # noqa: E731
+        # A copy: the two are donated together, and one buffer cannot be given away twice.
+        anew = lambda path, old, new: jnp.copy(new) if path_name(path).endswith(("/a", "/b")) else old  # noqa: E731
         changed["ema"] = jax.tree_util.tree_map_with_path(anew, state.ema, changed["trainable"])
     return state.replace(optimizer=_pruned(state, pruning, config.prune), **changed)
 
 
-def restart_when_due(state: Any, key: PRNGKeyArray, config: ReLoRAConfig) -> Any:
-    """The TrainState before step ``state.step``, restarted where a new cycle begins there."""
-    anew = lambda state: restart(state, key, config)  # noqa: E731
-    return jax.lax.cond(due(state.step, config), anew, lambda state: state, state)
-
-
 def due(step: Int[Array, ""] | int, config: ReLoRAConfig) -> Bool[Array, ""] | bool:
-    """Whether a restart comes before a step: that is one whose learning rate is zero."""
+    """Whether a restart comes before a step: that is one whose learning rate is zero.
+
+    A loop asks this of the step it counts and calls ``restart`` as a program of its own: as a condition inside the
+    step it would cost a copy of the state each time.
+    """
     return (step > 0) & (step % config.every == 0)
 
 
