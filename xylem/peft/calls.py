@@ -45,7 +45,8 @@ class Method(NamedTuple):
         fold: ``params -> params``: what the network is given, where that is computed from what is learned.
         optimizer: ``(inner, config, steps) -> optimizer``: what the method makes of the optimizer of a run.
         penalty: ``(trainable params, config) -> scalar`` that the loss has added to it.
-        restart: ``(state, key, config) -> state``: what happens to a TrainState between two steps.
+        restart: ``(state, key, config) -> state``: what happens to a TrainState before a step for which
+        due: ``(step, config) -> bool`` holds.
         saved: as ``trainable``: what a file holds, where that is not what learns.
     """
 
@@ -56,6 +57,7 @@ class Method(NamedTuple):
     optimizer: Callable[..., Any] = lambda inner, config, steps: inner
     penalty: Callable[[Tree, Any], Any] = lambda params, config: 0.0
     restart: Callable[[Any, Any, Any], Any] = lambda state, key, config: state
+    due: Callable[[Any, Any], Any] = lambda step, config: False
     saved: Callable[[Tree, Any], Predicate] | None = None
 
 
@@ -82,7 +84,8 @@ METHODS = {
         _relora.graft,
         _relora.trainable,
         optimizer=_lora.optimizer,
-        restart=_relora.restart_when_due,
+        restart=_relora.restart,
+        due=_relora.due,
         saved=_relora.saved,
     ),
 }

@@ -52,29 +52,28 @@ def saved(params: Tree, config: ReLoRAConfig) -> Predicate:
 def restart(state: Any, key: PRNGKeyArray, config: ReLoRAConfig) -> Any:
     """A TrainState whose pairs have been added to their bases and drawn anew; its network computes what it did.
 
-    Of the pairs' moments (arrays of the optimizer's state whose path ends in a pair's and that have its shape)
-    ``config.prune`` are set to zero, each one by itself (Guitaricet/relora, training_utils.py, optimizer_reset). Of the
-    moving average the pairs begin anew too: the old ones belong to other bases. All else stays as it is.
+    Of the pairs' weights ``config.prune``, drawn at random, lose their moments: arrays of the optimizer's state whose
+    path ends in the pair's and that have its shape. Guitaricet/relora (torchrun_main.py) draws for first and second
+    moments apart; but A has no gradient while B is zero, and a first moment alone would then be divided by epsilon.
+    Of the moving average the pairs begin anew too: the old ones belong to other bases. All else stays as it is.
     """
     drawing, pruning = jax.random.split(key)
     begin = lambda path, leaf, key: lora.pair(path, leaf.materialize(), key, config)  # noqa: E731
     params = rewrite(combine(state.trainable, state.frozen), config.targets, begin, drawing)
     changed = {"trainable": _where_held(state.trainable, params), "frozen": _where_held(state.frozen, params)}
-    pairs = _pairs(state.trainable)
     if state.ema is not None:
-        anew = lambda path, old, new: new if path_name(path) in pairs else old  # noqa: E731
+        # A copy: the two are donated together, and one buffer cannot be given away twice.
+        anew = lambda path, old, new: jnp.copy(new) if path_name(path).endswith(("/a", "/b")) else old  # noqa: E731
         changed["ema"] = jax.tree_util.tree_map_with_path(anew, state.ema, changed["trainable"])
-    return state.replace(optimizer=_pruned(state.optimizer, pairs, pruning, config.prune), **changed)
-
-
-def restart_when_due(state: Any, key: PRNGKeyArray, config: ReLoRAConfig) -> Any:
-    """The TrainState before step ``state.step``, restarted where a new cycle begins there."""
-    anew = lambda state: restart(state, key, config)  # noqa: E731
-    return jax.lax.cond(due(state.step, config), anew, lambda state: state, state)
+    return state.replace(optimizer=_pruned(state, pruning, config.prune), **changed)
 
 
 def due(step: Int[Array, ""] | int, config: ReLoRAConfig) -> Bool[Array, ""] | bool:
-    """Whether a restart comes before a step: that is one whose learning rate is zero."""
+    """Whether a restart comes before a step: that is one whose learning rate is zero.
+
+    A loop asks this of the step it counts and calls ``restart`` as a program of its own: as a condition inside the
+    step it would cost a copy of the state each time.
+    """
     return (step > 0) & (step % config.every == 0)
 
 
@@ -101,21 +100,16 @@ def _where_held(part: Tree, whole: Tree) -> Tree:
     return jax.tree.map(lambda old, new: None if old is None else new, part, whole, is_leaf=lambda x: x is None)
 
 
-def _pairs(trainable: Tree) -> dict[str, tuple[int, ...]]:
-    """Paths and shapes of all A and B."""
-    found = ((path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(trainable))
-    return {name: x.shape for name, x in found if name.endswith(("/a", "/b"))}
+def _pruned(state: Any, key: PRNGKeyArray, share: float) -> Any:
+    """The optimizer's state, a share of the pairs' weights without moments."""
+    named = [(path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(state.trainable)]
+    pairs = {name: x.shape for name, x in named if name.endswith(("/a", "/b"))}
+    keys = dict(zip(pairs, jax.random.split(key, len(pairs)), strict=True))
 
-
-def _pruned(moments: Any, pairs: dict[str, tuple[int, ...]], key: PRNGKeyArray, share: float) -> Any:
-    """Moments of pairs with a share of zeros."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(moments)
-    keys = jax.random.split(key, len(leaves))
-    new = []
-    for (path, x), own in zip(leaves, keys, strict=True):
+    def prune(path: Any, x: Any) -> Any:
         words = path_name(path).split("/")
         suffixes = ("/".join(words[start:]) for start in range(len(words)))
-        if any(pairs.get(suffix) == x.shape for suffix in suffixes):
-            x = jnp.where(jax.random.bernoulli(own, share, x.shape), 0.0, x)
-        new.append(x)
-    return jax.tree.unflatten(structure, new)
+        name = next((suffix for suffix in suffixes if pairs.get(suffix) == x.shape), None)
+        return x if name is None else jnp.where(jax.random.bernoulli(keys[name], share, x.shape), 0.0, x)
+
+    return jax.tree_util.tree_map_with_path(prune, state.optimizer)
