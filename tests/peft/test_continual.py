@@ -17,7 +17,7 @@ from xylem.peft import continual
 from xylem.peft.methods import slora
 from xylem.peft.tree import combine, partition
 
-TASKS, B, T = 3, 8, 9
+TASKS, B, T = 3, 8, 19
 
 
 def texts(rng, task, rows=B):
@@ -84,7 +84,7 @@ def test_plugins_forget_nothing_and_a_shared_adapter_does(learned):
             partition(peft.lora(base, jax.random.key(0), rank=3), continual.newest)[1],
         )
         untaught = loss(*partition(base, continual.newest), tokens)
-        assert loss(own, frozen, tokens) < 0.5 * untaught
+        assert loss(own, frozen, tokens) < untaught - 1.0
     first, last = losses[0][0], losses[-1][0]
     print(f"a shared adapter on task 1: {first:.3f} after it, {last:.3f} after {TASKS} tasks")
     assert last > first + 1.0

@@ -1,0 +1,262 @@
+"""A batch of requests with an adapter each: our throughput by the number of adapters, and beside Hugging Face peft's.
+
+    python benchmarks/slora.py --out slora.json
+    python benchmarks/slora.py --config read --sides xylem:none xylem:32 hf:none hf:32
+
+A side is a network, ours or transformers', and what serves its 32 requests: ``none``; ``N``, adapters of rank 8 out of
+a pool of N, drawn anew for each batch (with 32 every request has another); ``N-mixed``, of ranks 8, 16, 32 and 64.
+peft is given a mixed batch by its ``adapter_names``. A step is a batch, whose adapters it brings into place first; both
+sides load the same base and fill in the same adapters, and the first tokens that they write are compared.
+
+LLaMA's shape: 12 layers of 768, 12 heads over 6, feed-forward 2,304, vocabulary 32,000, tied: 110 million weights.
+Adapters stand beside all seven matrices of a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ours
+import peers
+import sides
+
+from xylem.models import llama
+from xylem.models.config import TransformerConfig
+
+RANK, MIXED, ALPHA = 8, (8, 16, 32, 64), 16
+PROJECTIONS = {  # ours -> theirs
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/output": "self_attn.o_proj",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of ``length`` tokens, each answered with ``written`` more, greedily."""
+
+    preset: str
+    requests: int
+    length: int
+    written: int
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The network."""
+        sizes = {"serve": (12, 768, 12, 6, 2304, 32000), "tiny": (2, 24, 4, 2, 40, 96)}[self.preset]
+        return llama.llama(*sizes, max_length=256, rope_theta=10000.0, norm_eps=1e-5, head="tied")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step, read and written."""
+        return self.requests * (self.length + self.written)
+
+
+WORKLOADS = {
+    "answer": Workload("serve", 32, 32, 32),
+    "read": Workload("serve", 32, 128, 1),
+    "tiny": Workload("tiny", 4, 8, 4),  # shows that the script works
+}
+
+
+def prompts(workload: Workload, index: int) -> np.ndarray:
+    """The requests of one step."""
+    rng = np.random.default_rng((1, index % 4))
+    return rng.integers(0, workload.config.vocab_size, (workload.requests, workload.length))
+
+
+def drawn(workload: Workload, adapters: int, index: int) -> np.ndarray:
+    """Which adapter each of them has: all another one where there are enough."""
+    rng = np.random.default_rng((2, index))
+    return rng.choice(adapters, workload.requests, replace=adapters < workload.requests)
+
+
+def pairs(config: TransformerConfig, adapter: int, rank: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """An adapter's path, A (L, I, R) and B (L, R, O) for each projection: large enough to change what is written."""
+    rng, layers, width = np.random.default_rng((3, adapter)), config.num_layers, config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    outputs = {"query": width, "key": keys, "value": keys, "gate": config.d_ff, "up": config.d_ff}
+    inputs = {"output": width, "down": config.d_ff}
+    for path in PROJECTIONS:
+        name = path.split("/")[1]
+        rows, columns = inputs.get(name, config.d_model), outputs.get(name, config.d_model)
+        a = rng.standard_normal((layers, rows, rank), np.float32) / rows**0.5
+        yield path, a, 0.05 * rng.standard_normal((layers, rank, columns), np.float32)
+
+
+def asked(variant: str) -> list[int]:
+    """The ranks of the adapters of a variant."""
+    count, _, mixed = variant.partition("-")
+    return [MIXED[i % len(MIXED)] if mixed else RANK for i in range(int(count))]
+
+
+# --- the two sides ----------------------------------------------------------------------------------------------------
+
+
+def our_step(workload: Workload, variant: str) -> Callable[[int], float]:
+    """``step(index) -> sum of the first tokens written``."""
+    import jax
+
+    from xylem.generation.sampling import Sampling, generate
+    from xylem.launch import settle_jax
+    from xylem.models import build
+    from xylem.models.conversion import flatten, unflatten
+    from xylem.models.leaves import LowRank
+    from xylem.peft.methods import slora
+
+    settle_jax()
+    config = workload.config
+    module, base = build(config), jax.jit(partial(ours.first_weights, config))()
+    flat, adapters = flatten(base), []
+    for number, rank in enumerate([] if variant == "none" else asked(variant)):
+        scale = jax.numpy.full(config.num_layers, ALPHA / rank)
+        beside = {
+            f"layers/{path}/kernel": LowRank(
+                flat[f"layers/{path}/kernel"], jax.numpy.asarray(a), jax.numpy.asarray(b), scale
+            )
+            for path, a, b in pairs(config, number, rank)
+        }
+        adapters.append(unflatten(flat | beside))
+    pool, count, sampling = slora.stack(base, adapters) if adapters else base, len(adapters), None
+    del adapters
+    sampling, assign = Sampling(workload.written, temperature=0.0), jax.jit(slora.assign)
+
+    def step(index: int) -> float:
+        params = assign(pool, jax.numpy.asarray(drawn(workload, count, index), jax.numpy.int32)) if count else base
+        out = generate(module, params, prompts(workload, index).tolist(), sampling, jax.random.key(0))
+        return float(sum(int(row[0]) for row in out.tokens))
+
+    return step
+
+
+def their_step(workload: Workload, variant: str, args: argparse.Namespace) -> Callable[[int], float]:
+    """The same by transformers and peft."""
+    import peft
+    import torch
+    import transformers
+
+    torch.set_num_threads(args.threads)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.weights, dtype=torch.float32).eval()
+    ranks = [] if variant == "none" else asked(variant)
+    targets = [name.split(".")[1] for name in PROJECTIONS.values()]
+    for number, rank in enumerate(ranks):
+        config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets, init_lora_weights=False)
+        if number:
+            model.add_adapter(str(number), config)
+        else:
+            model = peft.PeftModelForCausalLM(model, config, adapter_name="0")
+        for path, a, b in pairs(workload.config, number, rank):
+            for layer, own_a, own_b in zip(model.base_model.model.model.layers, a, b, strict=True):
+                module = layer.get_submodule(PROJECTIONS[path])
+                with torch.no_grad():
+                    module.lora_A[str(number)].weight.copy_(torch.from_numpy(own_a.T))
+                    module.lora_B[str(number)].weight.copy_(torch.from_numpy(own_b.T))
+    model.eval()
+    length = {"max_new_tokens": workload.written, "min_new_tokens": workload.written, "do_sample": False}
+
+    def step(index: int) -> float:
+        more = {"adapter_names": [str(i) for i in drawn(workload, len(ranks), index)]} if ranks else {}
+        tokens = torch.tensor(prompts(workload, index))
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=tokens, attention_mask=torch.ones_like(tokens), **length, **more, pad_token_id=0
+            )
+        return float(out[:, workload.length].sum())
+
+    return step
+
+
+def worker(side: str, args: argparse.Namespace) -> None:
+    """One side's process: writes the base, or answers batches."""
+    workload, (kind, _, variant) = WORKLOADS[args.config], side.partition(":")
+    if args.export:
+        return ours.save(workload.config, args.export)
+    if kind == "probe":
+        return sides.answer(peers.probe)
+    make = our_step if kind == "xylem" else partial(their_step, args=args)
+    return sides.answer(lambda: make(workload, variant))
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+RATIOS = (
+    ("throughput with 100 adapters to that with 5", "xylem:100", "xylem:5", "at least 0.95"),
+    ("throughput with an adapter each to that without any", "xylem:32", "xylem:none", "at least 1 / 1.24 = 0.806"),
+    ("the same, ranks 8 to 64", "xylem:32-mixed", "xylem:none", "no target"),
+    ("ours to peft's, an adapter each", "xylem:32", "hf:32", "at least 5"),
+    ("ours to transformers', no adapter", "xylem:none", "hf:none", "no target"),
+    ("peft's with an adapter each to transformers' without any", "hf:32", "hf:none", "no target"),
+)
+
+
+def report(workload: Workload, args: argparse.Namespace, rounds: dict[str, list[dict]]) -> None:
+    """Print and write tokens a second by side, and the ratios."""
+    rounds.pop("probe")
+    print(f"\n{args.config}: {asdict(workload)}; {workload.tokens} tokens a batch; threads: {args.threads}")
+    row = "{:<16} {:>24} {:>12} {:>9} {:>9}".format
+    print(row("side", "tokens/s (min-max)", "CPU s/batch", "RSS GB", "start s"))
+    figures: dict[str, Any] = {}
+    for name, counted in rounds.items():
+        steps = args.steps_per_round
+        speed = sides.spread([workload.tokens * steps / r["seconds"] for r in counted[1:]])
+        cpu, last = statistics.median(r["cpu"] / steps for r in counted[1:]), counted[-1]
+        first = [value for r in counted for value in r["losses"]]
+        figures[name] = {"tokens_per_second": speed, "cpu_seconds": cpu, "rss": last["rss"], "first_tokens": first}
+        rate = f"{speed[0]:.0f} ({speed[1]:.0f}-{speed[2]:.0f})"
+        print(row(name, rate, f"{cpu:.2f}", f"{last['rss'] / 1e9:.2f}", f"{counted[0]['since_start']:.0f}"))
+    ratios = {}
+    for what, us, them, target in RATIOS:
+        if us in rounds and them in rounds:
+            by_round = [b["seconds"] / a["seconds"] for a, b in zip(rounds[us][1:], rounds[them][1:], strict=True)]
+            whole = figures[us]["tokens_per_second"][0] / figures[them]["tokens_per_second"][0]
+            ratios[what] = {"medians": whole, "by_round": sides.spread(by_round)}
+            middle, low, high = ratios[what]["by_round"]
+            print(f"{what}: {whole:.3f} by medians; by round {middle:.3f} ({low:.3f}-{high:.3f}); {target}")
+    agree = _agree(figures)
+    if args.out:
+        result = {"config": args.config, "workload": asdict(workload), "sides": figures, "ratios": ratios}
+        args.out.write_text(json.dumps(result | {"rounds": rounds, "first_tokens_agree": agree}, indent=1))
+    if not agree:
+        sys.exit(1)
+
+
+def _agree(figures: dict[str, Any]) -> bool:
+    """Whether ours and theirs, given the same adapters, wrote the same first tokens; printed too."""
+    good = True
+    for name, figure in figures.items():
+        peer = figures.get(name.replace("xylem", "hf"))
+        if name.startswith("xylem") and peer is not None:
+            same = figure["first_tokens"] == peer["first_tokens"]
+            print(f"{name} and its peer wrote {'the same' if same else 'DIFFERENT'} first tokens in all batches")
+            good &= same
+    return good
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", choices=WORKLOADS, default="answer")
+    names = ["xylem:none", "xylem:5", "xylem:32", "xylem:100", "xylem:32-mixed", "hf:none", "hf:32"]
+    parser.add_argument("--sides", nargs="+", default=names, help="xylem|hf with :none, :N or :N-mixed")
+    sides.add_arguments(parser)
+    parser.set_defaults(rounds=3, steps_per_round=1, warmup=1)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker, args)
+    report(WORKLOADS[args.config], args, sides.measure(args.sides, args))
+
+
+if __name__ == "__main__":
+    main()
