@@ -39,6 +39,15 @@ def test_plots_loss_curve_has_both_panels(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.jsonl", "one.png", "two.jsonl", "two.png"]
 
 
+def test_plots_training_and_validation_show_the_same_figure(tmp_path):
+    """A loss with a second objective in it is no neighbour of the validation loss: the tokens' own is drawn."""
+    for name, more in {"plain": 0.0, "pairs": 0.7}.items():
+        rows = [{"step": i, "loss": 3.0 - 0.01 * i + more, "nll": 3.0 - 0.01 * i} for i in range(1, 30)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        loss_curve(tmp_path / name, tmp_path / f"{name}.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "pairs.png"))
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_plots_loss_curve_of_hardly_any_rows(tmp_path, rows):
     log(tmp_path / "m.jsonl", range(1, 1 + rows), validation_bits_per_byte=lambda step: 2.0)

@@ -58,11 +58,11 @@ def small(model: ModelConfig, objective: ObjectiveConfig, sequence_length: int =
 
     A fraction of the text is read once, so nothing is dropped out: there is no time to learn it by heart.
     """
-    rate = {"learning_rate": 5e-3, "warmup_steps": 20, "decay_fraction": 0.4, **changes}
+    rate = {"name": "muon", "learning_rate": 5e-3, "schedule": "wsd", "warmup_steps": 20, "decay_fraction": 0.4}
     return RunConfig(
         model=_without_dropout(model),
         data=DataConfig(corpus="wikitext2", tokenizer="bpe:4096", sequence_length=sequence_length),
-        optimizer=OptimizerConfig("muon", schedule="wsd", **rate),
+        optimizer=OptimizerConfig(**rate | changes),
         objective=objective,
         steps=400,
         batch_size=32,
@@ -113,8 +113,8 @@ def small_transformer() -> RunConfig:
     """The network of 2017 with its label smoothing and schedule; it continues a text it has read one half of."""
     model = _small_encoder_decoder(vanilla.vanilla(3, 256, 4, _VOCABULARY, 128))
     objective = ObjectiveConfig("continuation", label_smoothing=0.1)
-    noam = {"schedule": "noam", "warmup_steps": 200, "beta2": 0.98, "eps": 1e-9, "weight_decay": 0.0}
-    return small(model, objective, 256, **noam)
+    noam = {"name": "adamw", "schedule": "noam", "warmup_steps": 100, "beta2": 0.98, "eps": 1e-9, "weight_decay": 0.0}
+    return small(model, objective, 128, learning_rate=2e-3, **noam)
 
 
 def small_bart() -> RunConfig:
@@ -125,7 +125,7 @@ def small_bart() -> RunConfig:
 def small_t5() -> RunConfig:
     """Missing spans, listed; windows are cut so that no source is padded."""
     model = _small_encoder_decoder(t5.t5(3, 256, 4, 64, 1024, "1.1", _VOCABULARY, 128))
-    return small(model, SpanConfig(), spans.lengths(128)[0], learning_rate=3e-3)
+    return small(model, SpanConfig(), spans.lengths(64)[0])
 
 
 def small_recurrent(cell: Literal["rnn", "lstm", "gru"]) -> RunConfig:

@@ -22,15 +22,16 @@ def loss_curve(
 ) -> None:
     """Draw `metrics.jsonl` as a PNG: training and validation loss on the left, bits per byte on the right.
 
-    Reads of each row `step`, `loss` (nats a token), and where present `tokens` (trained on so far; the axis is steps
-    without it), `validation_loss` and `validation_bits_per_byte`. `references` are horizontal lines of the right panel
-    in bits per byte, as {"xz": 2.5}; the panel is left out where there is nothing to show in it. The picture replaces
-    `png_path` whole. A file without a row draws empty axes.
+    Reads of each row `step`, `nll` (nats a token; `loss` where no row has it), and where present `tokens` (trained on
+    so far; the axis is steps without it), `validation_loss` and `validation_bits_per_byte`. `references` are horizontal
+    lines of the right panel in bits per byte, as {"xz": 2.5}; the panel is left out where there is nothing to show in
+    it. The picture replaces `png_path` whole. A file without a row draws empty axes.
     """
     rows = [json.loads(line) for line in Path(metrics_path).read_text().splitlines() if line.strip()]
     key = "tokens" if rows and all(row.get("tokens") is not None for row in rows) else "step"
     scale, unit = _unit(max((row[key] for row in rows), default=0), "tokens" if key == "tokens" else "steps")
-    train = _series(rows, key, "loss", scale)
+    # What validation measures: the loss may hold more, a second objective or label smoothing.
+    train = _series(rows, key, "nll" if any("nll" in row for row in rows) else "loss", scale)
     valid = _series(rows, key, "validation_loss", scale)
     bits = _series(rows, key, "validation_bits_per_byte", scale)
 
