@@ -75,6 +75,7 @@ def start_of(config: FinetuneConfig, params: Any, num_labels: int) -> Start:
         optimizer=lambda inner: method.optimizer(inner, config.method, config.steps),
         penalty=lambda params: method.penalty(params, config.method),
         restart=lambda state, key: method.restart(state, key, config.method),
+        due=lambda step: method.due(step, config.method),
         keeps=method.saved is not None,  # then frozen weights change as well
     )
 

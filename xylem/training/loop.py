@@ -133,6 +133,7 @@ def train(
         sums, unread = [], validation()
         events = (config.evaluate_every, config.save_every, config.sample_every)
         for step in range(start + 1, config.steps + 1):
+            state = program.restart(state) if program.due(step - 1) else state
             state, computed = program.step(state, place(next(batches)))
             if last is not None:
                 show(row_of(*last))  # the step before: this one is running meanwhile

@@ -39,6 +39,8 @@ class Program(NamedTuple):
         schedule: the learning rate by step.
         step: (state, batch) -> (state, metrics), jitted; the state is donated.
         validate: (params, batch) -> sums, jitted; a batch may hold the ``carry`` of the one before it.
+        restart: state -> state, jitted; the state is donated. What comes before a step for whose number, counted from
+            0, ``due`` holds: a program of its own, as a condition inside the step would cost a copy of the state.
         given: the weights that ``create`` is given; none for a network that begins fresh.
         keeps: whether a checkpoint has the frozen weights; else they are made again, of ``given``.
     """
@@ -49,6 +51,8 @@ class Program(NamedTuple):
     schedule: optax.Schedule
     step: Any
     validate: Any
+    restart: Any
+    due: Callable[[int], Any]
     given: tuple[Any, ...] = ()
     keeps: bool = True
 
@@ -85,7 +89,7 @@ class Start(NamedTuple):
         schedule: the learning rates, in place of those the config names.
         optimizer: around the optimizer of the config.
         penalty: what the loss has added, of what is learned.
-        restart: what happens to a state before a step, given randomness.
+        restart: what happens to a state before a step for which ``due`` holds, given randomness.
         keeps: see ``Program``.
     """
 
@@ -97,6 +101,7 @@ class Start(NamedTuple):
     optimizer: Callable[[Any], Any] = lambda inner: inner
     penalty: Callable[[Any], Any] = lambda params: 0.0
     restart: Callable[[TrainState, Any], TrainState] = lambda state, key: state
+    due: Callable[[int], Any] = lambda step: False
     keeps: bool = True
 
 
@@ -134,9 +139,12 @@ def assemble(config: RunConfig, mesh: Mesh, begin: Start = FRESH) -> Program:
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, told = minimised(module, config.objective, state.step)
-        state = begin.restart(state, jax.random.fold_in(jax.random.wrap_key_data(state.rng), ~state.step))
         state, metrics = train_step(state, batch, loss=folding(loss, begin), **settings)
         return state, metrics | told
+
+    def restart(state: TrainState) -> TrainState:
+        # No step draws from this number: those are counted from 0.
+        return begin.restart(state, jax.random.fold_in(jax.random.wrap_key_data(state.rng), ~state.step))
 
     judged = partial(LOSSES.get(config.objective.name, causal_lm), module, config.objective)
     return Program(
@@ -146,6 +154,8 @@ def assemble(config: RunConfig, mesh: Mesh, begin: Start = FRESH) -> Program:
         schedule=schedule,
         step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
         validate=jax.jit(partial(eval_step, loss=lambda params, *rest: judged(begin.fold(params), *rest))),
+        restart=jax.jit(restart, donate_argnums=0, out_shardings=where),
+        due=begin.due,
         given=begin.given,
         keeps=begin.keeps,
     )
