@@ -12,7 +12,7 @@ import pytest
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
 from xylem.peft import config as peft
-from xylem.peft import saving
+from xylem.peft import merging, saving
 from xylem.training.checkpoint import load_params
 from xylem.training.config import MeshConfig, OptimizerConfig
 from xylem.training.finetune import finetune
@@ -90,12 +90,14 @@ def test_answers_are_learned_by_what_is_grafted_alone(base, files, folder, tmp_p
     [
         ("classification", peft.PrefixConfig(length=3, hidden=4)),
         ("causal_lm", peft.PromptConfig(length=3)),
+        ("causal_lm", peft.PrefixConfig(length=3, hidden=4)),
+        ("answers", peft.ReLoRAConfig(rank=2, every=2, rewarm=1)),
         ("causal_lm", peft.SelectionConfig(targets="norm/")),
     ],
-    ids=["classification-prefix", "corpus-prompt", "corpus-norms"],
+    ids=["classification-prefix", "corpus-prompt", "corpus-prefix", "answers-relora", "corpus-norms"],
 )
 def test_texts_and_corpora_are_learned_by_any_method(base, files, folder, tmp_path, objective, method):
-    config, model = run(base, files, folder, objective, method, run_dir=str(tmp_path / "run"), steps=3)
+    config, model = run(base, files, folder, objective, method, run_dir=str(tmp_path / "run"), steps=4)
     summary = finetune(config, model.params, model.tokenizer)
     assert np.isfinite(summary["validation_loss"])
     if objective == "classification":
@@ -104,8 +106,13 @@ def test_texts_and_corpora_are_learned_by_any_method(base, files, folder, tmp_pa
         with pytest.raises(ConfigError, match="taught to judge"):
             open_model(config.run_dir)
     else:
-        assert "sample" in summary and (Path(config.run_dir) / "adapter/adapter.safetensors").is_file()
-        assert open_model(config.run_dir).module.config.family == "llama"
+        assert ("sample" in summary) == (objective == "causal_lm")
+        assert (Path(config.run_dir) / "adapter/adapter.safetensors").is_file()
+        tuned = open_model(config.run_dir)
+        if objective == "answers":
+            up = lambda params: np.asarray(params["layers"]["mlp"]["up"]["kernel"][0])  # noqa: E731
+            moved = up(merging.merge(tuned.params)) - up(model.params)
+            assert np.linalg.matrix_rank(moved, tol=1e-6) > 2, "restarts add ranks up"
 
 
 def test_a_pretraining_run_does_not_know_what_fine_tuning_alone_teaches(run_of):

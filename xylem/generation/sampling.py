@@ -138,7 +138,7 @@ def _read(
     return out.hidden[jnp.arange(batch), lengths - 1], out.cache  # the head sees one position a row, not the prompt
 
 
-def _virtual(module: LanguageModel, params: Any) -> tuple[int, ...]:
+def virtual_tokens(module: LanguageModel, params: Any) -> tuple[int, ...]:
     """Virtual tokens in front of what is read and of what is written, one number where these are one text."""
     if isinstance(module, Seq2Seq):
         return virtual_length(params["encoder"], prompt_of(params)), prefix_length(params["decoder"])
@@ -168,7 +168,7 @@ def generate(
     read, written = int(lengths.max()), sampling.max_new_tokens
     # What the cache holds: the prompt and what is written; of a target, the id that starts it and what is written.
     start = 1 if isinstance(module, Seq2Seq) else read
-    virtual = _virtual(module, params)
+    virtual = virtual_tokens(module, params)
     if start + written + virtual[-1] > config.max_length:
         what = "a target's start" if isinstance(module, Seq2Seq) else "prompt"
         what = f"{what}, {virtual[-1]} virtual tokens" if virtual[-1] else what

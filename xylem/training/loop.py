@@ -158,7 +158,9 @@ def train(
                 if notice := checkpoints.save(step, program.saved(state), batches.get_state(), metadata, best=improved):
                     screen.note(notice)
             if due(config.sample_every, step) and not finishing and writes(config):
-                screen.note(report.sample(program.module, state.averaged, data.tokenizer, config.sample_prompt))
+                screen.note(
+                    report.sample(program.module, program.fold(state.averaged), data.tokenizer, config.sample_prompt)
+                )
             if finishing:
                 break
             meter.restart()
@@ -171,7 +173,8 @@ def train(
         if row:  # else all was done before
             show(row | final)  # the last step's row waits for the whole split, its checkpoint does not
         final = {"step": step, **final}
-        return report.closing(config, folder, data, program.module, state.averaged, final, screen.note)
+        given = program.fold(state.averaged)
+        return report.closing(config, folder, data, program.module, given, final, screen.note)
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Program(NamedTuple):
         validate: (params, batch) -> sums, jitted; a batch may hold the ``carry`` of the one before it.
         restart: state -> state, jitted; the state is donated. What comes before a step for whose number, counted from
             0, ``due`` holds: a program of its own, as a condition inside the step would cost a copy of the state.
+        fold: params -> what the network is given.
         given: the weights that ``create`` is given; none for a network that begins fresh.
         keeps: whether a checkpoint has the frozen weights; else they are made again, of ``given``.
     """
@@ -53,6 +54,7 @@ class Program(NamedTuple):
     validate: Any
     restart: Any
     due: Callable[[int], Any]
+    fold: Callable[[Any], Any]
     given: tuple[Any, ...] = ()
     keeps: bool = True
 
@@ -156,6 +158,7 @@ def assemble(config: RunConfig, mesh: Mesh, begin: Start = FRESH) -> Program:
         validate=jax.jit(partial(eval_step, loss=lambda params, *rest: judged(begin.fold(params), *rest))),
         restart=jax.jit(restart, donate_argnums=0, out_shardings=where),
         due=begin.due,
+        fold=begin.fold,
         given=begin.given,
         keeps=begin.keeps,
     )

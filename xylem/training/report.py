@@ -15,7 +15,7 @@ from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
 from xylem.files import write_whole
 from xylem.generation.generator import Generator
-from xylem.generation.sampling import Sampling
+from xylem.generation.sampling import Sampling, virtual_tokens
 from xylem.models.language_model import LanguageModel
 from xylem.peft import tree
 from xylem.training import metrics as measure
@@ -72,7 +72,7 @@ def cut_tasks(data: Mixture, shapes: dict[str, Any]) -> list[str]:
 
 def sample(module: LanguageModel, params: Any, tokenizer: Tokenizer, prompt: str) -> str:
     """The prompt and what the model continues it with, always from the same randomness."""
-    room = module.config.max_length - len(tokenizer.encode(prompt)) - 1
+    room = module.config.max_length - len(tokenizer.encode(prompt)) - 1 - virtual_tokens(module, params)[-1]
     sampling = Sampling(max_new_tokens=max(1, min(SAMPLE_TOKENS, room)), temperature=0.8, top_p=0.95)
     (text,) = Generator(module, params, tokenizer)([prompt], sampling, jax.random.key(0))
     return f"{prompt}{text}"
