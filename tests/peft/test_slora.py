@@ -18,7 +18,7 @@ from xylem.generation.sampling import Sampling, generate
 from xylem.models.conversion import flatten
 from xylem.models.leaves import LowRank
 from xylem.peft.methods import slora
-from xylem.sharding import path_name
+from xylem.sharding import P, batch_sharding, make_mesh, path_name, shardings
 
 RANKS, ADAPTERS, REQUESTS, T = (8, 16, 32, 64), 32, 64, 5
 EVERYTHING = r"layers/.*/kernel|embed/"
@@ -89,6 +89,16 @@ def test_the_compiled_program_has_one_product_with_each_base_weight(many):
     wanted = sorted(f"{REQUESTS * T},{kernel.shape[-1]}" for kernel in kernels)
     assert sorted(shape for shape in products if shape.count(",") == 1) == wanted
     assert len(products) == len(wanted) + 2 * (len(wanted) - 1) + 2, "two for a pair, two of attention"
+
+
+def test_a_sharded_batch_equals_a_whole_one(many):
+    _, _, _, pool, ids, tokens = many
+    params, mesh = slora.assign(pool, ids), make_mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, shardings(params, mesh))
+    assert placed["layers"]["mlp"]["up"]["kernel"].a.sharding.spec == P(None, None, None, "fsdp")
+    with jax.set_mesh(mesh):
+        out = forward(placed, jax.device_put(tokens, batch_sharding(mesh)))
+    assert apart([out], [forward(params, tokens)]) <= 1e-5
 
 
 def test_cached_decoding_serves_each_row_its_own(many):

@@ -5,9 +5,9 @@
     logits = module.apply({"params": params}, tokens)    tokens (B, T)
 
 A pool and what ``assign`` makes of it are the same thing: a tree in which adapter n serves row n. ``assign`` copies the
-adapters of a batch next to each other, once for a whole answer, so that no step has to gather them (section 5.2 fetches
-them so from host memory); rows that share an adapter hold it twice. Other ids, or an adapter in another slot of a pool,
-are the same program.
+adapters of a batch next to each other, once for a whole answer, so that no step has to gather them (the paper fetches
+those of the running batch from host memory); rows that share an adapter hold it twice. Other ids, or an adapter in
+another place of a pool, are the same program.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from xylem.models.conversion import flatten, unflatten
 from xylem.models.leaves import Leaf, LowRank, contract, is_leaf, take
 from xylem.peft.tree import Tree
 
+_FORWARD, _BACKWARD = {"...i,io->...o", "...d,dv->...v"}, {"...d,vd->...v"}  # x times the weight, or its transpose
 _CELL = re.compile(r"(^|/)(cell|lstm_\d+)/")
 
 
@@ -53,10 +54,11 @@ class BatchedLowRank(Leaf):
         return self.base.dtype
 
     def einsum(self, equation: str, x: Array) -> Array:
-        """Raises ValueError for another number of rows than there are adapters."""
+        """Raises ValueError for another number of rows than there are adapters, or for another product."""
         self._check(x.shape[0])
-        transposed = {"...i,io->...o": False, "...d,dv->...v": False, "...d,vd->...v": True}[equation]
-        near, far = (self.b, self.a) if transposed else (self.a, self.b)
+        if equation not in _FORWARD | _BACKWARD:
+            raise ValueError(f"{equation!r}: a batch of adapters takes part in {sorted(_FORWARD | _BACKWARD)}")
+        near, far = (self.a, self.b) if equation in _FORWARD else (self.b, self.a)
         flat = x.reshape(x.shape[0], -1, x.shape[-1])
         inner = jnp.einsum("nti,nri->ntr", flat, near.astype(x.dtype))
         outer = jnp.einsum("ntr,nro->nto", inner, far.astype(x.dtype))
