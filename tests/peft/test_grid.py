@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grid import CELLS, EMPTY, FEW, SETTINGS, base_of, logits, method_of, moved, texts
+from grid import CELLS, EMPTY, FEW, SETTINGS, base_of, logits, method_of, module_of, moved, texts
 from operations import apart
 
 from xylem.errors import ConfigError
@@ -16,7 +16,7 @@ from xylem.peft import merging
 from xylem.peft.methods.dora import Stretched
 from xylem.peft.saving import fingerprint, load_adapter, save_adapter
 from xylem.peft.tree import combine, partition
-from xylem.sharding import path_name
+from xylem.sharding import make_mesh, path_name, shardings
 
 # How far a fresh graft may change what the network computes; absent: not by a bit.
 # Two programs, which XLA fuses each in its own way, differ by rounding, which T5's unscaled scores enlarge; that each
@@ -157,3 +157,49 @@ def test_cells_that_are_empty_say_why(method, family, rng_seed):
     reason = {"bitfit": "no biases", "prefix": "keys and values are attention's"}[method]
     with pytest.raises(ConfigError, match=reason):
         method_of(method).graft(base_of(family, rng_seed), jax.random.key(0), SETTINGS[method])
+
+
+MODEL = 1e-4  # sums in another order, through a whole network
+DECODERS = [one for one in CELLS if one[1] != "bert"]
+SPREAD = [one for one in FEW if one in CELLS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "family"), DECODERS, ids=map("-".join, DECODERS))
+def test_a_cache_sees_the_graft(method, family, rng_seed):
+    base, keys = base_of(family, rng_seed), jax.random.split(jax.random.key(rng_seed), 2)
+    grafted = method_of(method).graft(base, keys[0], SETTINGS[method])
+    params = method_of(method).fold(moved(grafted, learns(method, grafted), keys[1]))
+    module, batch = module_of(family), texts(family, rng_seed)
+    tokens = batch.get("decoder_tokens", batch["tokens"])
+
+    @jax.jit
+    def both(params):
+        if "decoder_tokens" in batch:
+            whole = module.apply({"params": params}, **batch).logits
+            cache, more = module.start(params, batch["tokens"], tokens.shape[1], batch["segments"]), (None,)
+        else:
+            whole = module.apply({"params": params}, tokens).logits
+            cache, more = module.init_cache(tokens.shape[0], tokens.shape[1], params), ()
+        first = module.apply({"params": params}, *more, tokens[:, :4], cache=cache)
+        rest = module.apply({"params": params}, *more, tokens[:, 4:], cache=first.cache)
+        return whole, jnp.concatenate([first.logits, rest.logits], axis=1)
+
+    whole, parts = both(params)
+    assert apart([parts], [whole]) <= MODEL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "family"), SPREAD, ids=map("-".join, SPREAD))
+def test_a_graft_is_cut_over_devices(method, family, rng_seed):
+    base, keys = base_of(family, rng_seed), jax.random.split(jax.random.key(rng_seed), 2)
+    grafted = method_of(method).graft(base, keys[0], SETTINGS[method])
+    params, batch = moved(grafted, learns(method, grafted), keys[1]), texts(family, rng_seed)
+    sizes = {"data": 2, "fsdp": 4} if family == "t5" else {"data": 2, "fsdp": 2, "tensor": 2}  # it has five heads
+    mesh, forward = make_mesh(**sizes), jax.jit(partial(logits, family, method))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(params, mesh))
+        cut = [x for x in jax.tree.leaves(placed) if x.sharding.shard_shape(x.shape) != x.shape]
+        out = np.asarray(forward(placed, batch))
+    assert len(cut) > 5
+    assert apart([out], [forward(params, batch)]) <= MODEL
