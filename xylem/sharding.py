@@ -68,8 +68,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"head/norm/(scale|bias)", P()),
     (r"(head|head/transform|pooler|pair_head|classifier|classifier/dense|tagger)/bias", P()),
 )
-# Which axis is the vocabulary. Published ones are often divisible by nothing (GPT-2's is 50,257): where the mesh does
-# not divide it, this axis alone stays whole.
+# Which axis is the vocabulary, of a weight and of the parts of a leaf in its place. Published ones are often divisible
+# by nothing (GPT-2's is 50,257): where the mesh does not divide it, this axis alone stays whole.
 VOCABULARY = {"embed/embedding": 0, "head/kernel": 1}
 
 
@@ -163,7 +163,8 @@ def shardings(params: Any, mesh: Mesh) -> Any:
             parts = math.prod(mesh.shape[each] for each in names)
             if size % parts == 0:
                 continue
-            if VOCABULARY.get(name) != axis:
+            table = next((each for each in VOCABULARY if f"{name}/".startswith(f"{each}/")), None)
+            if table is None or VOCABULARY[table] != axis:
                 allowed = f"it must divide axis {axis} of {name}, of size {size}"
                 raise ConfigError(" x ".join(f"mesh.{each}" for each in names), parts, allowed)
             axes[axis] = None

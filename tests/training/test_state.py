@@ -2,14 +2,14 @@
 
 import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from xylem import models, sharding
+from xylem import models, peft, sharding
 from xylem.models import heads
 from xylem.models.leaves import LowRank, Quantized
 from xylem.models.llama import llama
@@ -83,6 +83,11 @@ def test_every_rule_is_used_by_some_preset():
         made = jax.eval_shape(models.build(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
         names |= set(flat(made["params"]))
     names |= {name for preset in ("bert_base", "roberta_base") for name in flat(with_fresh_heads(preset))}
+    grafts = [("llama3_2_1b", "bitfit", {"missing": "add"}), ("mamba_130m", "bitfit", {"missing": "add"})]
+    grafts += [("t5_small", "prefix", {"hidden": hidden}) for hidden in (0, 8)] + [("gpt2", "prompt", {})]
+    for preset, method, values in grafts:
+        graft = partial(getattr(peft, method), **values)
+        names |= set(flat(jax.eval_shape(graft, shapes(preset), jax.random.key(0))))
     unused = [rule for rule, _ in sharding.RULES if not any(re.fullmatch(rule, name) for name in names)]
     assert not unused
 
@@ -170,3 +175,9 @@ def test_a_leaf_and_its_optimizer_state_lie_as_the_leaf_says():
     moments = {path: spec for path, spec in found.items() if path.startswith("optimizer") and kernel in path}
     assert len(moments) == 4, moments
     assert all(spec == found[f"trainable/{kernel}/{path[-1]}"] for path, spec in moments.items())
+
+
+def test_a_pair_beside_a_vocabulary_that_the_mesh_does_not_divide_stays_whole():
+    params = jax.eval_shape(partial(peft.lora, targets="embed/"), shapes("gpt2"), jax.random.key(0))
+    placed = shardings(params, make_mesh(data=2, fsdp=2, tensor=2))["embed"]["embedding"]
+    assert (placed.a.spec, placed.b.spec) == (P(None, None), P(None, "fsdp"))
