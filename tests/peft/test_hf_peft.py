@@ -110,7 +110,7 @@ def reference(model, kind: str, fields: dict, rng):
     with torch.no_grad():
         for name, parameter in grafted.named_parameters():
             if parameter.requires_grad:
-                drawn = 0.3 * rng.standard_normal(parameter.shape).astype(np.float32)
+                drawn = 0.2 * rng.standard_normal(parameter.shape).astype(np.float32)
                 near = "ia3" in name or "magnitude" in name  # these begin as ones and as lengths
                 parameter.copy_(parameter * (1 + torch.from_numpy(drawn)) if near else torch.from_numpy(drawn))
     return grafted
