@@ -296,6 +296,18 @@ def random_seq2seq(rng: np.random.Generator, family: str, **values: Any) -> Any:
     return model
 
 
+def with_small_queries(model: Any) -> Any:
+    """A T5 whose queries are smaller by sqrt(d_kv), as it begins (modeling_t5.py, ``_init_weights``): it does not scale
+    its scores, and softmaxes of large ones turn rounding into large errors of gradients."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".q.weight"):
+                parameter.mul_(model.config.d_kv**-0.5)
+    return model
+
+
 def random_mamba(rng: np.random.Generator, tied: bool, **values: Any) -> Any:
     """A MambaForCausalLM of odd sizes, no default left, every parameter random, whose steps let it hear its past."""
     import torch

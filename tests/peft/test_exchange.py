@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from operations import apart
-from oracles import pair, random_encoder, random_gpt2, random_llama, random_seq2seq, random_tokens
+from oracles import pair, random_encoder, random_gpt2, random_llama, random_seq2seq, random_tokens, with_small_queries
 from safetensors.numpy import load_file, save_file
 
 from xylem import peft as methods
@@ -35,7 +35,9 @@ def random_model(family: str, rng):
         return random_llama(rng, tied=False)
     if family == "gpt2":
         return random_gpt2(rng, tied=True)
-    return random_encoder(rng, "bert") if family == "bert" else random_seq2seq(rng, "t5_1_1")
+    if family == "bert":
+        return random_encoder(rng, "bert")
+    return with_small_queries(random_seq2seq(rng, "t5_1_1"))
 
 
 def batch_of(model, rng):

@@ -22,7 +22,9 @@ from xylem.models.stack import runs
 from xylem.peft.config import PrefixConfig, PromptConfig
 
 B, T, P = 3, 6, 4
-BAR = 2e-6  # the same sums, which XLA may cut otherwise where a cache is larger
+# The same sums, which XLA may cut otherwise where a cache is larger; T5's unscaled scores enlarge what is rounded.
+BARS = {"t5": 1e-5}
+BAR = 3e-6
 CASES = [
     *(("prompt", family) for family in ("gpt2", "llama", "mamba", "bert", "t5", "bart")),
     *(("prefix", family) for family in ("gpt2", "llama", "t5", "bart")),
@@ -124,11 +126,13 @@ def test_virtual_tokens_made_of_real_ones_do_what_these_do(kind, family, rng_see
     ways = [whole(module_of(family), params, batch)]
     if (kind, family) in CACHED:
         ways.append(stepwise(module_of(family), params, batch))
-    row, oracle = f"{kind} tuning of {family}, folded", "the tokens themselves in front"
+    what = "prefix and prompt" if kind == "both" else kind
+    row, oracle = f"{what} tuning of {family}, folded", "the tokens themselves in front"
+    bar = BARS.get(family, BAR)
     wrong = soft(family, kind, base, ids[::-1], batch)
-    assert apart([whole(module_of(family), wrong, batch)], [wanted]) > 100 * BAR
+    assert apart([whole(module_of(family), wrong, batch)], [wanted]) > 100 * bar
     error = max(apart([out], [wanted]) for out in ways)
-    proof(row, oracle, error, BAR, rng_seed, "the virtual tokens in the opposite order")
+    proof(row, oracle, error, bar, rng_seed, "the virtual tokens in the opposite order")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
@@ -138,7 +142,7 @@ def test_a_trained_prefix_decodes_by_steps_as_in_one_call(family, rng_seed):
     params = method_of("prefix").graft(base, jax.random.key(rng_seed), PrefixConfig(P, hidden=0, std=0.5))
     module = module_of(family)
     out = whole(module, params, batch)
-    assert apart([stepwise(module, params, batch)], [out]) <= BAR
+    assert apart([stepwise(module, params, batch)], [out]) <= BARS.get(family, BAR)
     assert apart([whole(module, base, batch)], [out]) > 1e-3
 
 
@@ -163,7 +167,7 @@ def test_virtual_tokens_learn_when_layers_are_recomputed(kind, family, rng_seed)
         assert apart([out], [wanted]) <= 10 * BAR
         made.append(slope)
     plain, recomputed = made
-    assert apart(recomputed, plain) <= 20 * BAR
+    assert apart(recomputed, plain) <= 10 * BAR
     assert all(bool(jnp.all(jnp.any(x != 0, axis=-1))) for x in jax.tree.leaves(plain))
 
 
