@@ -180,8 +180,8 @@ def test_relora_restarts_when_a_cycle_begins():
 def test_relora_is_saved_with_the_bases_it_changed(run, tmp_path):
     base, state, batch, key = run
     state, _ = after(state, batch, key, 6)
-    save_adapter(tmp_path, "relora", CONFIG, state.params, fingerprint(base))
-    _, config, params = load_adapter(tmp_path, base)
+    save_adapter(tmp_path, CONFIG, state.params, fingerprint(base))
+    config, params = load_adapter(tmp_path, base)
     assert config == CONFIG
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
