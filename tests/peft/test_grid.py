@@ -22,7 +22,7 @@ from xylem.sharding import make_mesh, path_name, shardings
 # Two programs, which XLA fuses each in its own way, differ by rounding, which T5's unscaled scores enlarge; that each
 # leaf is exact is another test.
 NEAR = {"houlsby": 1e-3, "pfeiffer": 1e-3}
-ROUNDING = {"t5": 2e-5}
+ROUNDING = {"t5": 3e-5}
 VIRTUAL = ("prompt", "prefix")  # they change what the network reads: their identity is another test
 
 
@@ -89,7 +89,7 @@ def test_a_graft_is_nothing_until_it_learns_and_then_alone_moves(cell):
     assert apart([out_away], [out]) > 1e-3, "what learns matters"
     if merges(method):
         merged = merging.merge(away)
-        assert apart([ungrafted(family, stacked(merged, merged), batch)[0]], [out_away]) <= 1e-5
+        assert apart([ungrafted(family, stacked(merged, merged), batch)[0]], [out_away]) <= ROUNDING.get(family, 1e-5)
     still = [path_name(p) for p, x in jax.tree_util.tree_leaves_with_path(new) if not changed(x, at(trainable, p))]
     # B of zero stops A's first gradient, and A of zero B's; a bias of keys has none at all.
     still = [name for name in still if not name.startswith(("pooler/", "pair_head/"))]  # no part of the logits
