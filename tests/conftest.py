@@ -1,5 +1,6 @@
 """Eight CPU devices, strict promotion, checked annotations, and the two fixtures every oracle test uses."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ install_import_hook("xylem", "beartype.beartype")
 import jax
 import pytest
 
+MANY_MAPS = 20_000
 CACHE = Path(os.environ.get("XYLEM_CACHE", Path.home() / ".cache" / "xylem"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
@@ -37,6 +39,17 @@ def pytest_collection_modifyitems(items) -> None:
         for item in items:
             if item.get_closest_marker("oracle"):
                 item.add_marker(pytest.mark.skip(reason="torch and transformers are installed on Python 3.11 alone"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Compiled programs are dropped when there are many: each holds some tens of memory maps, and Linux ends a process
+    that asks for more than 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

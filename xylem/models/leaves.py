@@ -72,7 +72,7 @@ def is_leaf(value: Any) -> bool:
     return isinstance(value, Leaf)
 
 
-def plain(weight: Array | Leaf) -> Array:
+def plain(weight: Any) -> Any:
     """A weight as one plain array, whatever it is made of."""
     return weight.materialize() if isinstance(weight, Leaf) else weight
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-EVERYONE = -1
+EVERYONE = 2**30  # far from any document's number, and from what a caller may mark padding with
 
 
 class Mask(struct.PyTreeNode):

@@ -48,7 +48,8 @@ class Text(NamedTuple):
 
 def behind(params: dict[str, Any], text: Text) -> Text:
     """The text with its positions counted on behind the prefix of a stack's ``params``."""
-    return text._replace(positions=text.positions + prefix_length(params))
+    count = prefix_length(params)
+    return text._replace(positions=text.positions + count) if count else text
 
 
 def prepend(prompt: Float[Array, "P E"] | None, text: Text, of: int | None) -> Text:

