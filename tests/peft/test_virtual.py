@@ -40,7 +40,7 @@ def is_seq2seq(family: str) -> bool:
 def drawn(family: str, seed: int):
     """The base, ids of the tokens in front, and arguments of a call; all rows of an encoder-decoder read one source."""
     rng = np.random.default_rng(seed)
-    ids = jnp.asarray(rng.integers(0, VOCAB, P), jnp.int32)
+    ids = jnp.asarray(rng.permutation(VOCAB)[:P], jnp.int32)  # all distinct: their order matters
     batch = {"tokens": jnp.asarray(rng.integers(0, VOCAB, (B, T)), jnp.int32)}
     if is_seq2seq(family):
         batch["tokens"] = jnp.broadcast_to(batch["tokens"][:1], (B, T))
