@@ -218,6 +218,7 @@ def test_adalora_keeps_what_hugging_face_keeps_of_the_same_gradients(theirs, rng
     proof("AdaLoRA: values kept after each of 20 steps", "HF peft RankAllocator", off, 0, rng_seed, "sensitivity alone")
 
 
+@pytest.mark.oracle
 def test_adalora_ends_with_its_budget_exactly(theirs, rng_seed):
     """A real loss, AdamW, layer by layer; and gradients of zero, of which all triplets are equal."""
     _, module, trainable, frozen, tokens = theirs
