@@ -22,7 +22,7 @@ from xylem.sharding import make_mesh, path_name, shardings
 # Two programs, which XLA fuses each in its own way, differ by rounding, which T5's unscaled scores enlarge; that each
 # leaf is exact is another test.
 NEAR = {"houlsby": 1e-3, "pfeiffer": 1e-3}
-ROUNDING = {"t5": 3e-5}
+ROUNDING = {"t5": 1e-4}
 VIRTUAL = ("prompt", "prefix")  # they change what the network reads: their identity is another test
 
 

@@ -126,7 +126,8 @@ def test_other_families_and_tables_serve_mixed_batches(family, rng_seed):
     for row, i in enumerate(ids):
         real = slice(0, None if "decoder_tokens" in batch else int(batch["segments"][row].sum()))
         alone = run(nothing if i < 0 else adapters[i], batch)
-        assert apart([together[row, real]], [alone[row, real]]) <= 1e-5
+        # T5 does not scale its scores, which enlarges rounding.
+        assert apart([together[row, real]], [alone[row, real]]) <= (1e-4 if family == "t5" else 1e-5)
 
 
 @pytest.mark.oracle
