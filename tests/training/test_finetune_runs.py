@@ -115,6 +115,12 @@ def test_texts_and_corpora_are_learned_by_any_method(base, files, folder, tmp_pa
             assert np.linalg.matrix_rank(moved, tol=1e-6) > 2, "restarts add ranks up"
 
 
+def test_a_mask_that_needs_gradients_first_is_refused(base, files, folder):
+    config, model = run(base, files, folder, method=peft.ChildConfig("fisher"))
+    with pytest.raises(ConfigError, match=r"method\.mask: 'fisher'"):
+        finetune(config, model.params, model.tokenizer)
+
+
 def test_a_pretraining_run_does_not_know_what_fine_tuning_alone_teaches(run_of):
     with pytest.raises(ConfigError, match="this model learns by causal_lm or scheduled_sampling"):
         run_of("llama", objective=ObjectiveConfig("answers"))

@@ -14,12 +14,13 @@ import optax
 from xylem.data import conversations, labelled
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
+from xylem.errors import ConfigError
 from xylem.models import heads
 from xylem.models.config import TransformerConfig
 from xylem.models.language_model import LanguageModel
 from xylem.peft import saving
 from xylem.peft.calls import METHODS
-from xylem.peft.config import ReLoRAConfig
+from xylem.peft.config import ChildConfig, ReLoRAConfig
 from xylem.peft.methods import relora
 from xylem.training.checkpoint import load_params
 from xylem.training.finetune_config import FinetuneConfig
@@ -55,6 +56,9 @@ def finetune(config: FinetuneConfig, params: Any, tokenizer: Tokenizer, argv: Se
 def start_of(config: FinetuneConfig, params: Any, num_labels: int) -> Start:
     """The base with its graft, and with a head for labels where there are some."""
     method = METHODS[config.method.name]
+    if isinstance(config.method, ChildConfig) and config.method.mask == "fisher":
+        allowed = "a run has no gradients to make the mask of before its first step (peft.methods.child.fisher_mask)"
+        raise ConfigError("method.mask", config.method.mask, allowed, ["random"])
 
     def make(module: LanguageModel, key: Any, base: Any) -> Any:
         keys = jax.random.split(key)
