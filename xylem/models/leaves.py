@@ -114,19 +114,15 @@ def decoded_product(equation: str, x: Array, weight: Leaf) -> Array:
     return jnp.einsum(equation, x, jax.lax.stop_gradient(weight.materialize()).astype(x.dtype))
 
 
-def _pad(spec: PartitionSpec, ndim: int) -> list:
+def aligned(spec: PartitionSpec, ndim: int) -> list:
     """The entries of ``spec`` for an array of ``ndim`` axes: specs are right-aligned here as in sharding.RULES."""
     return [None] * (ndim - len(spec)) + list(spec)
 
 
-@struct.dataclass
-class LowRank(Leaf):
-    """``base + scale * a @ b`` without ever forming it (LoRA 2106.09685, section 4.1)."""
+class Grafted(Leaf):
+    """A leaf that adds to another weight, its ``base``, and stands for one of the same shape and type."""
 
     base: Any
-    a: Float[Array, "*L I R"] | Any
-    b: Float[Array, "*L R O"] | Any
-    scale: Float[Array, "*L"] | Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,6 +131,20 @@ class LowRank(Leaf):
     @property
     def dtype(self) -> jnp.dtype:
         return self.base.dtype
+
+    def base_specs(self, weight_spec: PartitionSpec) -> Any:
+        """The base's part of ``specs``."""
+        return self.base.specs(weight_spec) if isinstance(self.base, Leaf) else weight_spec
+
+
+@struct.dataclass
+class LowRank(Grafted):
+    """``base + scale * a @ b`` without ever forming it (LoRA 2106.09685, section 4.1)."""
+
+    base: Any
+    a: Float[Array, "*L I R"] | Any
+    b: Float[Array, "*L R O"] | Any
+    scale: Float[Array, "*L"] | Any
 
     def einsum(self, equation: str, x: Array) -> Array:
         inputs, output = equation.split("->")
@@ -169,10 +179,9 @@ class LowRank(Leaf):
         return LowRank(base, self.a, self.b, self.scale)
 
     def specs(self, weight_spec: PartitionSpec) -> LowRank:
-        *layers, rows, columns = _pad(weight_spec, len(self.shape))
-        base = self.base.specs(weight_spec) if isinstance(self.base, Leaf) else weight_spec
+        *layers, rows, columns = aligned(weight_spec, len(self.shape))
         return LowRank(
-            base=base,
+            base=self.base_specs(weight_spec),
             a=PartitionSpec(*layers, rows, None),
             b=PartitionSpec(*layers, None, columns),
             scale=PartitionSpec(*layers),
@@ -219,6 +228,6 @@ class Quantized(Leaf):
         raise ValueError("a quantized base is not rounded again: that would change the weights; keep the base")
 
     def specs(self, weight_spec: PartitionSpec) -> Quantized:
-        *layers, rows, columns = _pad(weight_spec, len(self.shape))
+        *layers, rows, columns = aligned(weight_spec, len(self.shape))
         values, scales = PartitionSpec(*layers, rows, columns), PartitionSpec(*layers, None, columns)
         return Quantized(values=values, scales=scales, stored=self.stored)

@@ -18,7 +18,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
-from xylem.models.leaves import Leaf, decoded_product
+from xylem.models.leaves import Leaf, aligned, decoded_product
 
 Kind = Literal["nf4", "fp4"]
 Statistics = Literal["double", "single"]
@@ -97,7 +97,7 @@ class Quantized4(Leaf):
     def specs(self, weight_spec: PartitionSpec) -> Quantized4:
         """Codes lie as the weight does. Scales are whole along its rows, where a part need not hold whole blocks, and
         peaks are whole, which know no columns: 1/64 and 1/4096 byte a weight."""
-        *layers, rows, columns = [*[None] * (len(self.shape) - len(weight_spec)), *weight_spec]
+        *layers, rows, columns = aligned(weight_spec, len(self.shape))
         parts: dict[str, Any] = {name: getattr(self, name) for name in ("rows", "group", "kind", "stored")}
         return Quantized4(
             codes=PartitionSpec(*layers, rows, columns),

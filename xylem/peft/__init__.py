@@ -10,46 +10,13 @@ first asked for, so that configs can be read without jax.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xylem.peft.calls import (
-        METHODS,
-        adalora,
-        adapter,
-        bitfit,
-        child,
-        dora,
-        ia3,
-        lora,
-        merge,
-        prefix,
-        prompt,
-        qlora,
-        relora,
-        selection,
-        unmerge,
-    )
-
-__all__ = [
-    "METHODS",
-    "adalora",
-    "adapter",
-    "bitfit",
-    "child",
-    "dora",
-    "ia3",
-    "lora",
-    "merge",
-    "prefix",
-    "prompt",
-    "qlora",
-    "relora",
-    "selection",
-    "unmerge",
-]
+    from xylem.peft.calls import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name not in __all__:
+    calls = import_module("xylem.peft.calls")
+    if name not in calls.__all__:
         raise AttributeError(f"module 'xylem.peft' has no attribute {name!r}")
-    return getattr(import_module("xylem.peft.calls"), name)
+    return getattr(calls, name)

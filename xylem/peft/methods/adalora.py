@@ -19,7 +19,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from xylem.models.leaves import Leaf, LowRank
+from xylem.models.leaves import Grafted, LowRank
 from xylem.peft.config import AdaLoRAConfig
 from xylem.peft.tree import Predicate, Tree, rewrite
 
@@ -27,7 +27,7 @@ STD = 0.02  # of P and Q (QingruZhang/AdaLoRA, loralib/adalora.py, reset_paramet
 
 
 @struct.dataclass
-class Triplets(Leaf):
+class Triplets(Grafted):
     """``base + scale * a @ diag(values) @ b`` without ever forming it."""
 
     base: Any
@@ -35,14 +35,6 @@ class Triplets(Leaf):
     values: Float[Array, "*L R"] | Any
     b: Float[Array, "*L R O"] | Any
     scale: Float[Array, "*L"] | Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.base.dtype
 
     def pair(self) -> LowRank:
         """The same weight as a pair, the values multiplied into ``a``."""

@@ -14,14 +14,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.errors import ConfigError
-from xylem.models.leaves import Leaf, LowRank
+from xylem.models.leaves import Grafted, LowRank, aligned
 from xylem.peft.config import DoRAConfig
 from xylem.peft.methods import lora
 from xylem.peft.tree import Predicate, Tree, rewrite
 
 
 @struct.dataclass
-class Stretched(Leaf):
+class Stretched(Grafted):
     """``base`` with columns of length ``magnitude``.
 
     The base's own lengths count as constants in the gradient (section 4.3).
@@ -29,14 +29,6 @@ class Stretched(Leaf):
 
     base: LowRank | Any
     magnitude: Float[Array, "*L O"] | Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.base.dtype
 
     def _factor(self) -> Float[Array, "*L O"]:
         return self.magnitude / jax.lax.stop_gradient(lengths(self.base.materialize()))
@@ -62,7 +54,7 @@ class Stretched(Leaf):
         raise ValueError("DoRA: the lengths of the columns before it are gone once merged; keep the base")
 
     def specs(self, weight_spec: PartitionSpec) -> Stretched:
-        *layers, _, columns = [*[None] * (len(self.shape) - len(weight_spec)), *weight_spec]
+        *layers, _, columns = aligned(weight_spec, len(self.shape))
         return Stretched(self.base.specs(weight_spec), PartitionSpec(*layers, columns))
 
 

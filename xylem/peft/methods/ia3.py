@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.errors import ConfigError
-from xylem.models.leaves import Leaf, bias_of, contract, plain, take
+from xylem.models.leaves import Grafted, aligned, bias_of, contract, plain, take
 from xylem.peft.config import IA3Config
 from xylem.peft.tree import Predicate, Tree, matches, rewrite
 
@@ -18,7 +18,7 @@ PLACES = r"/((cross_)?attention|mlp|mixer)/|(^|/)embed/"
 
 
 @struct.dataclass
-class Rescaled(Leaf):
+class Rescaled(Grafted):
     """``base`` with every column multiplied by ``stretch``, or with every row where ``stretch`` is (..., I, 1).
 
     A bias belongs to the columns' outputs, and is stretched with them.
@@ -26,14 +26,6 @@ class Rescaled(Leaf):
 
     base: Any
     stretch: Float[Array, "*L I 1"] | Float[Array, "*L 1 O"] | Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.base.dtype
 
     def einsum(self, equation: str, x: Array) -> Array:
         if equation != "...i,io->...o":
@@ -59,8 +51,8 @@ class Rescaled(Leaf):
         return Rescaled(weight / self.stretch, self.stretch)
 
     def specs(self, weight_spec: PartitionSpec) -> Rescaled:
-        *layers, rows, columns = [*[None] * (len(self.shape) - len(weight_spec)), *weight_spec]
-        base = self.base.specs(weight_spec) if isinstance(self.base, Leaf) else weight_spec
+        *layers, rows, columns = aligned(weight_spec, len(self.shape))
+        base = self.base_specs(weight_spec)
         by_row = self.stretch.shape[-1] == 1
         return Rescaled(base, PartitionSpec(*layers, *((rows, None) if by_row else (None, columns))))
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from xylem.errors import ConfigError
 from xylem.models.conversion import flatten, unflatten
-from xylem.models.leaves import Leaf, LowRank, contract, is_leaf, take
+from xylem.models.leaves import Grafted, LowRank, aligned, contract, is_leaf, take
 from xylem.peft.tree import Tree
 
 _FORWARD, _BACKWARD = {"...i,io->...o", "...d,dv->...v"}, {"...d,vd->...v"}  # x times the weight, or its transpose
@@ -34,7 +34,7 @@ _CELL = re.compile(r"(^|/)(cell|lstm_\d+)/")
 
 
 @struct.dataclass
-class BatchedLowRank(Leaf):
+class BatchedLowRank(Grafted):
     """``base + a[n].T @ b[n]`` for row n of a batch.
 
     Inputs and outputs are the last axes of ``a`` and ``b``: ranks are small, and a TPU pads the last axis to 128. Lower
@@ -44,14 +44,6 @@ class BatchedLowRank(Leaf):
     base: Any
     a: Float[Array, "*L N R I"] | Any
     b: Float[Array, "*L N R O"] | Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.base.dtype
 
     def einsum(self, equation: str, x: Array) -> Array:
         """Raises ValueError for another number of rows than there are adapters, or for another product."""
@@ -79,8 +71,8 @@ class BatchedLowRank(Leaf):
         raise ValueError("slora: every row has a weight of its own; merge the adapter's own tree")
 
     def specs(self, weight_spec: PartitionSpec) -> BatchedLowRank:
-        *layers, rows, columns = [*[None] * (len(self.shape) - len(weight_spec)), *weight_spec]
-        base = self.base.specs(weight_spec) if isinstance(self.base, Leaf) else weight_spec
+        *layers, rows, columns = aligned(weight_spec, len(self.shape))
+        base = self.base_specs(weight_spec)
         pair = (PartitionSpec(*layers, None, None, axis) for axis in (rows, columns))
         return BatchedLowRank(base, *pair)
 
