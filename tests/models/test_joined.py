@@ -11,7 +11,7 @@ from xylem.models.leaves import Quantized
 from xylem.peft import tree
 from xylem.sharding import param_specs
 
-BAR = 1e-6  # the same sums, perhaps in another order
+BAR = 1e-5  # the same sums in another order: 1.1e-6 was the most of a layer's rounding over the seeds of many runs
 
 
 def edited(params, *names: str, change):
