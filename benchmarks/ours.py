@@ -29,11 +29,17 @@ def save(config: Any, folder: str) -> None:
 
 
 def stepper(
-    config: Any, loss: Callable, data: list[dict[str, Any]], leave_out: tuple[str, ...] = ()
+    config: Any,
+    loss: Callable,
+    data: list[dict[str, Any]],
+    leave_out: tuple[str, ...] = (),
+    graft: Callable[[Any], Any] = lambda params: params,
+    trains: Callable[[str, Any], bool] = lambda path, weight: True,
 ) -> Callable[[int], float]:
     """``step(index) -> loss``: forward, backward and AdamW on ``data[index]``, round and round.
 
-    ``loss(module, params, batch, rng) -> Sums``; parts of the tree to ``leave_out`` are not trained, nor held.
+    ``loss(module, params, batch, rng) -> Sums``; parts of the tree to ``leave_out`` are not trained, nor held. What
+    ``graft`` makes of the first weights is trained where ``trains`` holds.
     """
     import jax
 
@@ -52,7 +58,7 @@ def stepper(
 
     def create():
         params = {name: part for name, part in first_weights(config).items() if name not in leave_out}
-        return new_state(params, optimizer, seed=0)
+        return new_state(graft(params), optimizer, seed=0, trains=trains)
 
     with jax.set_mesh(mesh):
         abstract = abstract_state(create, mesh)

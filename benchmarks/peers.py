@@ -24,10 +24,18 @@ def batches(vocab: int, batch: int, length: int, count: int = 4) -> list[tuple[A
     return [(draw[:, :-1], draw[:, 1:]) for draw in draws]
 
 
-def make(kind: str, workload: Workload, weights: str, peer: str | None, threads: int) -> Callable[[int], float]:
+def make(
+    kind: str,
+    workload: Workload,
+    weights: str,
+    peer: str | None,
+    threads: int,
+    attach: Callable[[Any], Any] = lambda model: model,
+) -> Callable[[int], float]:
     """``step(i) -> loss`` of ``probe``, ``nanogpt``, ``nanogpt-fused``, ``hf`` or ``hf-compile``.
 
-    ``-fused`` takes torch's fused AdamW where nanoGPT, on a CPU, does not; Hugging Face sides always have it.
+    ``-fused`` takes torch's fused AdamW where nanoGPT, on a CPU, does not; Hugging Face sides always have it, and train
+    what ``attach`` makes of their model.
     """
     if kind == "probe":
         return probe()
@@ -44,7 +52,7 @@ def make(kind: str, workload: Workload, weights: str, peer: str | None, threads:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(weights, attn_implementation="sdpa", dtype=torch.float32)
-        model.train()
+        model = attach(model).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -85,9 +93,10 @@ def adamw(model: Any, fused: bool) -> Any:
     """Weight decay on matrices alone, as ours and nanoGPT's."""
     import torch
 
+    learned = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": ADAMW["weight_decay"]},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in learned if p.dim() >= 2], "weight_decay": ADAMW["weight_decay"]},
+        {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (ADAMW["beta1"], ADAMW["beta2"])
     return torch.optim.AdamW(groups, lr=ADAMW["learning_rate"], betas=betas, eps=ADAMW["eps"], fused=fused)

@@ -146,8 +146,10 @@ def report(
     args: argparse.Namespace,
     rounds: dict[str, list[dict]],
     alike: Callable[[str, str], bool] = lambda us, peer: True,
-) -> None:
+) -> dict[str, dict]:
     """Print and write the figures of each side from its counted rounds, and the ratios of ours to the fastest peer.
+
+    Returns the figures by side.
 
     ``workload`` is a dataclass with ``tokens`` a step and ``flops`` a token; a peer ``alike`` one of ours does the same
     work. Exits with 1 where the sides' losses show that they did not compute the same.
@@ -181,16 +183,19 @@ def report(
     ours = [name for name in figures if name.startswith("xylem")]
     theirs = [name for name in figures if name not in ours]
     pairs = [(us, [peer for peer in theirs if alike(us, peer)]) for us in ours] if theirs else [(ours[0], ours[1:])]
-    ratios = [_ratios(us, others, figures, rounds) for us, others in pairs if others]
+    compared = [ratios(us, others, figures, rounds) for us, others in pairs if others]
+    groups = [[us, *others] for us, others in pairs]
+    losses = [_losses({name: figures[name] for name in group}) for group in groups]
     result = {"config": args.config, "workload": asdict(workload), "flops_per_token": workload.flops, "probe": peak}
-    result |= {"sides": figures, "rounds": rounds, "ratios": ratios, **_losses(figures)}
+    result |= {"sides": figures, "rounds": rounds, "ratios": compared, "losses": losses}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1))
-    if not result["losses_agree"]:
+    if not all(each["agree"] for each in losses):
         sys.exit(1)
+    return figures
 
 
-def _ratios(us: str, others: list[str], figures: dict[str, dict], rounds: dict[str, list[dict]]) -> dict:
+def ratios(us: str, others: list[str], figures: dict[str, dict], rounds: dict[str, list[dict]]) -> dict:
     """One of ours to the fastest of the others; printed too."""
     peer = max(others, key=lambda name: figures[name]["tokens_per_second"][0])
     pairs = zip(rounds[us][1:], rounds[peer][1:], strict=True)
@@ -210,10 +215,10 @@ def _ratios(us: str, others: list[str], figures: dict[str, dict], rounds: dict[s
 
 
 def _losses(figures: dict[str, dict]) -> dict:
-    """Whether all sides saw the same losses, and they fell; printed too."""
+    """Whether these sides saw the same losses, and they fell; printed too."""
     steps = list(zip(*(f["losses"] for f in figures.values()), strict=True))
     apart = [(max(losses) - min(losses)) / abs(losses[0]) for losses in steps]
     fell = f"{steps[0][0]:.4f} -> {steps[-1][0]:.4f}"
-    print(f"losses {fell}; sides differ by {apart[0]:.1e} at first, {max(apart):.1e} at most")
+    print(f"losses of {', '.join(figures)}: {fell}; they differ by {apart[0]:.1e} at first, {max(apart):.1e} at most")
     agree = apart[0] <= TOLERANCE and steps[-1][0] < steps[0][0]
-    return {"loss_difference": {"first": apart[0], "greatest": max(apart)}, "losses_agree": agree}
+    return {"sides": list(figures), "first": apart[0], "greatest": max(apart), "agree": agree}

@@ -18,7 +18,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -27,20 +27,12 @@ import numpy as np
 import ours
 import peers
 import sides
+from adapters import attached, grafted
 
 from xylem.models import llama
 from xylem.models.config import TransformerConfig
 
-RANK, MIXED, ALPHA = 8, (8, 16, 32, 64), 16
-PROJECTIONS = {  # ours -> theirs
-    "attention/query": "self_attn.q_proj",
-    "attention/key": "self_attn.k_proj",
-    "attention/value": "self_attn.v_proj",
-    "attention/output": "self_attn.o_proj",
-    "mlp/gate": "mlp.gate_proj",
-    "mlp/up": "mlp.up_proj",
-    "mlp/down": "mlp.down_proj",
-}
+RANK, MIXED = 8, (8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -83,22 +75,9 @@ def drawn(workload: Workload, adapters: int, index: int) -> np.ndarray:
     return rng.choice(adapters, workload.requests, replace=adapters < workload.requests)
 
 
-def pairs(config: TransformerConfig, adapter: int, rank: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """An adapter's path, A (L, I, R) and B (L, R, O) for each projection: large enough to change what is written."""
-    rng, layers, width = np.random.default_rng((3, adapter)), config.num_layers, config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    outputs = {"query": width, "key": keys, "value": keys, "gate": config.d_ff, "up": config.d_ff}
-    inputs = {"output": width, "down": config.d_ff}
-    for path in PROJECTIONS:
-        name = path.split("/")[1]
-        rows, columns = inputs.get(name, config.d_model), outputs.get(name, config.d_model)
-        a = rng.standard_normal((layers, rows, rank), np.float32) / rows**0.5
-        yield path, a, 0.05 * rng.standard_normal((layers, rank, columns), np.float32)
-
-
 def asked(variant: str) -> list[int]:
     """The ranks of the adapters of a variant."""
-    count, _, mixed = variant.partition("-")
+    count, _, mixed = variant.replace("none", "0").partition("-")
     return [MIXED[i % len(MIXED)] if mixed else RANK for i in range(int(count))]
 
 
@@ -112,24 +91,13 @@ def our_step(workload: Workload, variant: str) -> Callable[[int], float]:
     from xylem.generation.sampling import Sampling, generate
     from xylem.launch import settle_jax
     from xylem.models import build
-    from xylem.models.conversion import flatten, unflatten
-    from xylem.models.leaves import LowRank
     from xylem.peft.methods import slora
 
     settle_jax()
     config = workload.config
     module, base = build(config), jax.jit(partial(ours.first_weights, config))()
-    flat, adapters = flatten(base), []
-    for number, rank in enumerate([] if variant == "none" else asked(variant)):
-        scale = jax.numpy.full(config.num_layers, ALPHA / rank)
-        beside = {
-            f"layers/{path}/kernel": LowRank(
-                flat[f"layers/{path}/kernel"], jax.numpy.asarray(a), jax.numpy.asarray(b), scale
-            )
-            for path, a, b in pairs(config, number, rank)
-        }
-        adapters.append(unflatten(flat | beside))
-    pool, count, sampling = slora.stack(base, adapters) if adapters else base, len(adapters), None
+    adapters = [grafted(config, base, i, rank) for i, rank in enumerate(asked(variant))]
+    pool, count = slora.stack(base, adapters) if adapters else base, len(adapters)
     del adapters
     sampling, assign = Sampling(workload.written, temperature=0.0), jax.jit(slora.assign)
 
@@ -143,27 +111,13 @@ def our_step(workload: Workload, variant: str) -> Callable[[int], float]:
 
 def their_step(workload: Workload, variant: str, args: argparse.Namespace) -> Callable[[int], float]:
     """The same by transformers and peft."""
-    import peft
     import torch
     import transformers
 
     torch.set_num_threads(args.threads)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.weights, dtype=torch.float32).eval()
-    ranks = [] if variant == "none" else asked(variant)
-    targets = [name.split(".")[1] for name in PROJECTIONS.values()]
-    for number, rank in enumerate(ranks):
-        config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets, init_lora_weights=False)
-        if number:
-            model.add_adapter(str(number), config)
-        else:
-            model = peft.PeftModelForCausalLM(model, config, adapter_name="0")
-        for path, a, b in pairs(workload.config, number, rank):
-            for layer, own_a, own_b in zip(model.base_model.model.model.layers, a, b, strict=True):
-                module = layer.get_submodule(PROJECTIONS[path])
-                with torch.no_grad():
-                    module.lora_A[str(number)].weight.copy_(torch.from_numpy(own_a.T))
-                    module.lora_B[str(number)].weight.copy_(torch.from_numpy(own_b.T))
-    model.eval()
+    ranks = asked(variant)
+    model = attached(model, workload.config, ranks).eval()
     length = {"max_new_tokens": workload.written, "min_new_tokens": workload.written, "do_sample": False}
 
     def step(index: int) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ours
 import peers
@@ -84,20 +85,28 @@ def our_config(workload: Workload, variant: str):
     return replace(config, compute=Compute(layers=layers, kernels=kernels))
 
 
-def our_step(workload: Workload, variant: str) -> Callable[[int], float]:
-    """``step(index) -> loss`` through the public path."""
+def our_data(workload: Workload) -> list[dict[str, Any]]:
+    """The batches as our objectives take them."""
     import numpy as np
 
-    from xylem.training.objective_config import ObjectiveConfig
-    from xylem.training.objectives import causal_lm
-
     weights = np.ones((workload.batch, workload.length), np.float32)
-    data = [
+    return [
         {"tokens": tokens.astype(np.int32), "labels": labels.astype(np.int32), "weights": weights}
         for tokens, labels in peers.batches(workload.vocab, workload.batch, workload.length)
     ]
-    loss = lambda module, *rest: causal_lm(module, ObjectiveConfig(), *rest)  # noqa: E731
-    return ours.stepper(our_config(workload, variant), loss, data)
+
+
+def loss(module: Any, params: Any, batch: Any, rng: Any) -> Any:
+    """Cross-entropy of the next token."""
+    from xylem.training.objective_config import ObjectiveConfig
+    from xylem.training.objectives import causal_lm
+
+    return causal_lm(module, ObjectiveConfig(), params, batch, rng)
+
+
+def our_step(workload: Workload, variant: str) -> Callable[[int], float]:
+    """``step(index) -> loss`` through the public path."""
+    return ours.stepper(our_config(workload, variant), loss, our_data(workload))
 
 
 def worker(side: str, args: argparse.Namespace) -> None:

@@ -31,6 +31,11 @@ def cases(rng: np.random.Generator) -> dict:
 
     made = {
         "matmul": (fused.matmul, fused.matmul_plain, (normal(rng, m, i), normal(rng, i, o))),
+        "low_rank": (
+            fused.low_rank,
+            fused.low_rank_plain,
+            (normal(rng, m, i), normal(rng, i, o), normal(rng, i, 3), normal(rng, 3, o)),
+        ),
         "add_bias": (fused.add_bias, fused.add_bias_plain, (normal(rng, m, o), normal(rng, o))),
         "layer_norm": (
             lambda *a: fused.layer_norm(*a, 1e-3),
@@ -106,12 +111,12 @@ def test_fused_bfloat16_stays_near_float32(name, rng_seed):
 
 
 @pytest.mark.parametrize(
-    "name", ["matmul", "layer_norm", "rms_norm", "gelu", "swiglu", "attention", "biased attention"]
+    "name", ["matmul", "low_rank", "layer_norm", "rms_norm", "gelu", "swiglu", "attention", "biased attention"]
 )
 def test_fused_sharded_equals_unsharded(name, rng_seed):
     rng = np.random.default_rng(rng_seed)
     ours, _, args = cases(rng)[name]
-    weights = {"matmul": 1, "rms_norm": 1, "layer_norm": 2}.get(name, 0)
+    weights = {"matmul": 1, "low_rank": 3, "rms_norm": 1, "layer_norm": 2}.get(name, 0)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     args = [x if i >= len(args) - weights else normal(rng, 16, *x.shape[1:]) for i, x in enumerate(args)]
     where = [NamedSharding(mesh, PartitionSpec("data" if x.shape[0] == 16 else None)) for x in args]

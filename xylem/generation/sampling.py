@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.errors import ConfigError
+from xylem.models import fused
 from xylem.models.language_model import LanguageModel
 from xylem.models.seq2seq import Seq2Seq
+from xylem.models.stack import apart
 from xylem.models.virtual import prefix_length, prompt_of, virtual_length
 
 BUCKET = 32  # prompt lengths and budgets are rounded up to this, so that few shapes are ever compiled
@@ -102,6 +104,8 @@ def _loop(
     ``limit`` tokens are written at most; there is room for ``sampling.max_new_tokens``, which is rounded up.
     """
     batch = prompts.shape[0]
+    if fused.choose(module.config.compute, jax.default_backend()).unroll:
+        params = apart(params)
     last, cache = _read(module, params, prompts, lengths, capacity)
     stop = jnp.array(sampling.stop, jnp.int32)
 

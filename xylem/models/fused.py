@@ -55,6 +55,36 @@ def _matmul_backward(saved, g):
 matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
 
 
+def low_rank_plain(
+    x: Float[Array, "M I"], w: Float[Array, "I O"], a: Float[Array, "I R"], b: Float[Array, "R O"]
+) -> Float[Array, "M O"]:
+    """``x @ w + (x @ a) @ b``: LoRA's product (2106.09685, section 4.1), its scale in ``b``."""
+    return x @ w + (x @ a) @ b
+
+
+@jax.custom_vjp
+def low_rank(
+    x: Float[Array, "M I"], w: Float[Array, "I O"], a: Float[Array, "I R"], b: Float[Array, "R O"]
+) -> Float[Array, "M O"]:
+    """``low_rank_plain`` as one product with ``w + a @ b``, forward and for the gradient of ``x``.
+
+    For many rows: the sum is then a pass over a weight, not over all rows. In float32 alone: a lower precision would
+    round small changes of ``w`` away.
+    """
+    return x @ (w + a @ b)
+
+
+def _low_rank_backward(saved, g):
+    x, w, a, b = saved
+    dx, dw = _matmul_backward((x, w + a @ b), g)  # XLA leaves dw out where w is frozen
+    within, across = (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
+    da = jax.lax.dot_general(x, jax.lax.dot_general(g, b, within), across)
+    return dx, dw, da, jax.lax.dot_general(x @ a, g, across)
+
+
+low_rank.defvjp(lambda x, w, a, b: (low_rank(x, w, a, b), (x, w, a, b)), _low_rank_backward)
+
+
 # --- bias -------------------------------------------------------------------------------------------------------------
 
 

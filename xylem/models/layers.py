@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from xylem.models import fused
 from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice
-from xylem.models.leaves import Leaf, bias_of
+from xylem.models.leaves import Leaf, LowRank, bias_of, contract
 from xylem.models.state_config import MambaConfig
 
 Site = Callable[[str, Array], Array]
@@ -27,13 +27,27 @@ Site = Callable[[str, Array], Array]
 
 def einsum(equation: str, x: Array, weight: Array | Leaf, kernels: Choice | None = None) -> Array:
     """``jnp.einsum(equation, x, weight)`` in the type of ``x``; a weight that is no array does the product itself."""
-    if isinstance(weight, Leaf):
+    if kernels is None or not kernels.matmul or equation != "...i,io->...o":
+        return contract(equation, x, weight)
+    # Flattened tokens: the gradient of a 3-D product transposes its operands first on XLA:CPU.
+    rows = x.reshape(-1, x.shape[-1])
+    if not isinstance(weight, Leaf):
+        y = fused.matmul(rows, weight.astype(x.dtype))
+    elif isinstance(weight, LowRank) and _worth_adding(rows, weight):
+        y = fused.low_rank(rows, weight.base, weight.a, weight.scale * weight.b)
+    else:
         return weight.einsum(equation, x)
-    weight = weight.astype(x.dtype)
-    if kernels is not None and kernels.matmul and equation == "...i,io->...o":
-        # Flattened tokens: the gradient of a 3-D product transposes its operands first on XLA:CPU.
-        return fused.matmul(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
-    return jnp.einsum(equation, x, weight)
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def _worth_adding(rows: Float[Array, "M I"], weight: LowRank) -> bool:
+    """Whether a pair is added to its weight sooner than its product to that of so many rows; all in float32."""
+    parts = (rows, weight.base, weight.a, weight.b)
+    return (
+        not isinstance(weight.base, Leaf)
+        and len(rows) >= len(weight.base)
+        and all(part.dtype == jnp.float32 for part in parts)
+    )
 
 
 def parameter(

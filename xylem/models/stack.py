@@ -71,6 +71,21 @@ def run_length(run: Any) -> int:
     return jax.tree.leaves(run)[0].shape[0]
 
 
+def apart(params: Any) -> Any:
+    """The tree with a run of its own for each layer, in encoders and decoders too: the same network, to the bit.
+
+    For loops that apply unrolled layers again and again: XLA:CPU copies a layer out of its stack each time it is
+    applied, and nothing out of a run of one.
+    """
+    if not isinstance(params, dict):
+        return params
+    names = runs(params)
+    rest = {name: apart(part) for name, part in params.items() if name not in names}
+    stacks = [params[name] for name in names]
+    single = [jax.tree.map(lambda x, i=i: x[i : i + 1], stack) for stack in stacks for i in range(run_length(stack))]
+    return rest | {f"layers_{i}": one for i, one in enumerate(single)}
+
+
 def layer_runs(module: nn.Module, block: nn.Module, num_layers: int, h: Array, context: Any) -> list[Any]:
     """The runs the module's tree holds; when there is none yet, one run of freshly initialised layers.
 
