@@ -4,14 +4,19 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
+from grid import SETTINGS, base_of, method_of
 
 from xylem import models
 from xylem.data import pipeline
 from xylem.data.config import DataConfig
+from xylem.models.conversion import flatten
 from xylem.models.llama import llama
+from xylem.peft.tree import matrices
 from xylem.training import metrics, report
 from xylem.training.config import RunConfig
+from xylem.training.state import new_state
 
 FINAL = {"step": 1, "validation_loss": 2.0, "validation_perplexity": 7.4, "validation_bits_per_byte": 2.9}
 
@@ -73,3 +78,23 @@ def test_report_of_another_host_compresses_and_writes_nothing(close, tmp_path, m
     summary = close(notes := [])
     assert summary == {**FINAL, "sample": "a sample"} and len(notes) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "bitfit"])
+def test_report_counts_what_learns_and_what_its_optimizer_holds(method):
+    """Four bits of a number count as one number; Adam holds two of four bytes for each that learns, and its count."""
+    family = "bert" if method == "bitfit" else "llama"
+    base, config = base_of(family, 3), SETTINGS[method]
+    params = method_of(method).graft(base, jax.random.key(0), config)
+    learns = method_of(method).trainable(params, config)
+    numbers = sum(x.size for x in jax.tree.leaves(base))
+    if method == "bitfit":
+        learned = sum(x.size for path, x in flatten(base).items() if learns(path, x))
+        whole = numbers
+    else:
+        kernels = matrices(base, config.targets).values()
+        learned = sum(x.shape[0] * config.rank * (x.shape[1] + x.shape[2]) for x in kernels)
+        whole = numbers + learned
+    line = report.learning(new_state(params, optax.adam(0.1), 0, trains=learns))
+    assert line.startswith(f"{learned:,} of {whole:,} numbers learn ({100 * learned / whole:.3g}%)")
+    assert line.endswith(f" {8 * learned + 4:,} bytes")

@@ -17,6 +17,7 @@ from xylem.files import write_whole
 from xylem.generation.generator import Generator
 from xylem.generation.sampling import Sampling, virtual_tokens
 from xylem.models.language_model import LanguageModel
+from xylem.models.leaves import is_leaf
 from xylem.peft import tree
 from xylem.training import metrics as measure
 from xylem.training.checkpoint import Restored
@@ -46,6 +47,7 @@ def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, re
         f"{model.vocab_size:,} tokens",
         f"{config.data.corpus}: {train['tokens']:,} training tokens of {train['bytes'] / train['tokens']:.2f} bytes; "
         f"{steps:,} steps of {batches} are {share * read / train['tokens']:.2f} epochs",
+        learning(state),
         f"mesh {sizes} of {mesh.devices.flat[0].device_kind}; run folder {config.run_dir}",
     ]
     if isinstance(data, Mixture):
@@ -57,6 +59,19 @@ def opening(config: RunConfig, data: Prepared, mesh: Mesh, state: TrainState, re
         done = restored.step >= config.steps
         lines.append(f"all {config.steps} steps are already done" if done else f"going on from step {restored.step}")
     return lines
+
+
+def learning(state: TrainState) -> str:
+    """A line of how many of the network's numbers learn, and of the memory that their optimizer needs over all devices.
+
+    A weight that is no array counts as the weight it stands for (four bits of a number are one), and what it learns
+    beside that is counted too.
+    """
+    parts = jax.tree.leaves(state.trainable, is_leaf=is_leaf)
+    beside = sum(x.size for part in parts if is_leaf(part) for x in jax.tree.leaves(part))
+    learned, whole = sum(x.size for x in jax.tree.leaves(state.trainable)), tree.count(state.params) + beside
+    held = sum(x.nbytes for x in jax.tree.leaves(state.optimizer))
+    return f"{learned:,} of {whole:,} numbers learn ({100 * learned / whole:.3g}%); optimizer state: {held:,} bytes"
 
 
 def cut_tasks(data: Mixture, shapes: dict[str, Any]) -> list[str]:
