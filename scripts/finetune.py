@@ -2,11 +2,12 @@
 
     python scripts/finetune.py BASE --method lora --data.corpus FILE ...
 
-BASE is what scripts/generate.py takes: a run folder, a Hugging Face folder, a .gguf file, or the name of a model that
-ships inside a package. --objective.name says what FILE is: "answers", a .jsonl of conversations, of which what the
-assistant says is learned (the default); "classification", a .jsonl of texts with labels; "causal_lm", a text of some
-domain. Every field is a flag, those of the method --method.FIELD. The same command on the same folder resumes;
-scripts/generate.py and scripts/evaluate.py open it, and its adapter/ is what was learned as a file of its own.
+BASE is what scripts/generate.py takes: a run folder or its adapter/, a Hugging Face folder, a .gguf file, or the name
+of a model that ships inside a package. --objective.name says what FILE is: "answers", a .jsonl of conversations, of
+which what the assistant says is learned (the default); "classification", a .jsonl of texts with labels;
+"token_classification", one of words with labels; "causal_lm", a text of some domain. Every field is a flag, those of
+the method --method.FIELD. The same command on the same folder resumes; scripts/generate.py, scripts/classify.py and
+scripts/evaluate.py open it, and its adapter/ is what was learned as a file of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 from xylem.launch import launch
 
 METHODS = (
-    *("lora", "qlora", "dora", "adalora", "relora", "ia3", "adapter", "prompt", "prefix", "bitfit", "selection"),
-    "child",
+    *("lora", "qlora", "dora", "adalora", "relora", "olora", "ia3", "adapter", "prompt", "prefix", "bitfit"),
+    *("selection", "child"),
 )
 
 
@@ -94,7 +95,7 @@ def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
     )
 
 
-OBJECTIVES = ("answers", "classification", "causal_lm")
+OBJECTIVES = ("answers", "classification", "token_classification", "causal_lm")
 
 if __name__ == "__main__":
     launch(main)

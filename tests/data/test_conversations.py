@@ -53,6 +53,27 @@ def test_without_a_template_the_question_is_a_line_and_end_of_text_ends_the_answ
     assert plain.decode(one.tokens[one.answer]) == "Four.<|endoftext|>"
 
 
+def test_an_encoder_decoder_reads_what_stands_before_each_answer(chatty, tmp_path):
+    first, second = conversations.pairs(TALK, chatty)
+    for one, size, answer in ((first, 2, "Four."), (second, 4, "Five, <|im_end|> they say.")):
+        asked = chatty.apply_chat_template(TALK[:size], add_generation_prompt=True)
+        np.testing.assert_array_equal(one.source[:-1], chatty.encode(asked, parse_special=True))
+        assert one.source[-1] == chatty.end_of_text
+        assert chatty.decode(one.target) == f"{answer}<|im_end|>" and one.target[-1] in chatty.stop
+    plain = tokenizers.byte_level()
+    (one,) = conversations.pairs(TALK[1:3], plain)
+    assert plain.decode(one.source) == "<|endoftext|>What is 2 + 2?<|endoftext|>"
+    assert plain.decode(one.target) == "Four.<|endoftext|>"
+    corpus = write(tmp_path / "a.jsonl", *[{"prompt": "0123456789", "completion": "abcdefghijk"}] * 3)
+    data = conversations.prepare_pairs(DataConfig(corpus, sequence_length=8), plain, 7)
+    row = data.source("train")[0]
+    assert plain.decode(row["tokens"]) == "3456789<|endoftext|>", "the end of what is asked, the beginning of an answer"
+    assert plain.decode(row["labels"]) == "abcdefgh" and row["decoder_tokens"][0] == 7
+    np.testing.assert_array_equal(row["decoder_tokens"][1:], row["labels"][:-1])
+    short = conversations.prepare_pairs(DataConfig(corpus, sequence_length=16), plain, 7).source("train")[0]
+    assert (short["segments"].sum(), short["weights"].sum()) == (12, 12)
+
+
 def drawn(rng, count=40, most=30):
     made = []
     for _ in range(count):

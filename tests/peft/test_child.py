@@ -40,7 +40,7 @@ def case(rng_seed):
     return params, [optax.tree.scale(0.1 + i, each) for i, each in enumerate(gradients)]
 
 
-def trained(optimizer, params, gradients):
+def trained(optimizer, params, gradients, mask=None):
     """Parameters and state after a step for each gradient."""
 
     @jax.jit
@@ -49,13 +49,14 @@ def trained(optimizer, params, gradients):
         return optax.apply_updates(params, updates), state
 
     state = jax.jit(optimizer.init)(params)
+    state = state if mask is None else child.chosen(state, mask)
     for grads in gradients:
         params, state = step(params, state, grads)
     return params, state
 
 
-def made(config: ChildConfig, settings: OptimizerConfig = SETTINGS, **mask):
-    return make_optimizer(settings, STEPS, wrap=lambda inner: child.optimizer(inner, config, STEPS, **mask))
+def made(config: ChildConfig, settings: OptimizerConfig = SETTINGS):
+    return make_optimizer(settings, STEPS, wrap=lambda inner: child.optimizer(inner, config, STEPS))
 
 
 def numpy_mask(gradients, config: ChildConfig) -> dict:
@@ -93,7 +94,7 @@ def test_child_mask_is_that_of_numpys_percentile(case, rng_seed, proof):
 def test_child_weights_outside_the_mask_never_move(name, case):
     params, gradients = case
     mask = child.fisher_mask(gradients, FISHER)
-    new, state = trained(made(FISHER, replace(SETTINGS, name=name), mask=mask), params, gradients)
+    new, state = trained(made(FISHER, replace(SETTINGS, name=name)), params, gradients, mask)
     for path, keep in jax.tree_util.tree_leaves_with_path(mask):
         find = lambda held: np.asarray(dict(_flat(held))[path_name(path)])  # noqa: B023, E731
         moved = find(new) != find(params)
@@ -116,8 +117,8 @@ def _flat(held):
 def test_child_of_all_gradients_is_the_optimizer_itself_to_the_bit(mode, case):
     params, gradients = case
     config = ChildConfig(mode, share=1.0)
-    mask = {"mask": child.fisher_mask(gradients, config)} if mode == "fisher" else {}
-    ours, _ = trained(made(config, **mask), params, gradients)
+    mask = child.fisher_mask(gradients, config) if mode == "fisher" else None
+    ours, _ = trained(made(config), params, gradients, mask)
     plain, _ = trained(make_optimizer(SETTINGS, STEPS), params, gradients)
     jax.tree.map(np.testing.assert_array_equal, ours, plain)
 
@@ -168,11 +169,11 @@ def test_child_draws_anew_in_each_step_and_for_each_layer_and_goes_on_from_its_s
     assert apart(half, whole) == 0.0
 
 
-def test_child_by_fisher_information_wants_a_mask_and_batches():
-    with pytest.raises(ValueError, match="the mask that fisher_mask makes"):
-        child.optimizer(optax.identity(), FISHER, STEPS)
+def test_child_by_fisher_information_wants_a_mask_and_batches(case):
+    params, gradients = case
+    jax.tree.map(np.testing.assert_array_equal, trained(made(FISHER), params, gradients[:2])[0], params)
     with pytest.raises(ValueError, match="at least one batch"):
         child.fisher_mask([], FISHER)
-    for values in ({"share": 0.0}, {"share": 1.5}, {"clip_norm": 0.0}):
+    for values in ({"share": 0.0}, {"share": 1.5}, {"clip_norm": 0.0}, {"batches": 0}):
         with pytest.raises(ConfigError, match=next(iter(values))):
             ChildConfig(**values)

@@ -24,9 +24,7 @@ from xylem.training.state import new_state, state_shardings
 )
 def test_what_a_method_remembers_lies_as_its_weight(method, config, memory, rng_seed):
     params = method.graft(base_of("llama", rng_seed), jax.random.key(0), config)
-    ones = jax.tree.map(lambda x: x != 0, params)
-    extra = {"mask": ones} if method is child else {}
-    wrap = lambda inner: method.optimizer(inner, config, 9, **extra)  # noqa: E731
+    wrap = lambda inner: method.optimizer(inner, config, 9)  # noqa: E731
     optimizer = make_optimizer(OptimizerConfig(), 9, wrap=wrap)
     state = jax.eval_shape(lambda: new_state(params, optimizer, 0, trains=method.trainable(params, config)))
     placed = state_shardings(state, make_mesh(data=2, fsdp=2, tensor=2))

@@ -1,4 +1,4 @@
-"""Conversations to learn from: files of questions and answers -> packed rows in which the answers alone count.
+"""Conversations to learn from: files of questions and answers -> rows in which the answers alone count.
 
 A line of a JSONL file is one conversation, in any of the forms that are about::
 
@@ -7,13 +7,12 @@ A line of a JSONL file is one conversation, in any of the forms that are about::
     {"prompt": ..., "completion": ...}
 
 It is written as the checkpoint's chat template says; a tokenizer without one gives the question, a line break and the
-answer. What the assistant says is learned, and the token that ends it.
+answer. What the assistant says is learned, and the token that ends it: by a decoder in packed rows of whole
+conversations (``prepare``), by an encoder-decoder one answer a row, its source what stands before (``prepare_pairs``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,8 @@ from jaxtyping import Bool, Int32
 
 from xylem.data import corpora
 from xylem.data.config import DataConfig
-from xylem.data.listed import Listed, as_it_is, held_out
+from xylem.data.examples import source_and_target
+from xylem.data.listed import Listed, held_out, listed
 from xylem.data.tokenizers import Tokenizer
 from xylem.errors import ConfigError
 
@@ -36,6 +36,13 @@ class Example(NamedTuple):
 
     tokens: Int32[np.ndarray, " T"]
     answer: Bool[np.ndarray, " T"]
+
+
+class Pair(NamedTuple):
+    """What an encoder-decoder reads, and what it writes."""
+
+    source: Int32[np.ndarray, " S"]
+    target: Int32[np.ndarray, " T"]
 
 
 def messages_of(record: Mapping[str, Any], where: str) -> list[Message]:
@@ -133,32 +140,81 @@ def _row(examples: Sequence[Example], length: int, pad: int) -> dict[str, np.nda
     return {"tokens": tokens, "labels": labels, "segments": segments, "weights": weights}
 
 
+def pairs(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Pair]:
+    """Each answer of a conversation with what stands before it, both with a token that ends them.
+
+    A source is what ``generation.Generator`` makes of that text, a question's line break being left out with it.
+
+    Raises:
+        ConfigError: as ``encode``.
+    """
+    template = tokenizer.chat_template is not None
+    first = [] if template or tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
+    made, before = [], ""
+    for text, answer in _pieces(messages, tokenizer):
+        if answer:
+            read = before if template else before.removesuffix("\n")
+            source, target = tokenizer.encode_batch([read, text], parse_special=template)
+            end = [] if len(target) and target[-1] in tokenizer.stop else [tokenizer.end_of_text]
+            sides = (*first, *source, tokenizer.end_of_text), (*target, *end)
+            made.append(Pair(*(np.asarray(side, np.int32) for side in sides)))
+        before += text
+    return made
+
+
 def prepare(config: DataConfig, tokenizer: Tokenizer) -> Listed:
     """The conversations of ``config.corpus``, encoded and packed; ``config.validation``, or the last of them, held out.
 
     Raises:
         ConfigError: a file that cannot be read, a line that is no conversation, or no answer that fits into a row.
     """
-    splits, hashes = held_out(config, _read)
-    rows, counts = {}, {}
-    for name, conversations in splits.items():
+
+    def rows(conversations: Sequence[Sequence[Message]], split: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
         encoded = [encode(messages, tokenizer) for messages in conversations]
         answered = [one for one in encoded if one.answer[1 : config.sequence_length + 1].any()]
         if not answered:
-            allowed = f"its {name} split has no answer that begins within {config.sequence_length} tokens"
+            allowed = f"its {split} split has no answer that begins within {config.sequence_length} tokens"
             raise ConfigError("data.corpus", config.corpus, allowed)
-        rows[name] = pack(answered, config.sequence_length, tokenizer.end_of_text)
-        counts[name] = {
+        counts = {
             "documents": len(answered),
             "left_out": len(encoded) - len(answered),
-            "bytes": sum(len(m["content"].encode()) for messages in conversations for m in messages),
             "tokens": sum(len(one.tokens) for one in answered),
-            "windows": len(rows[name]),
         }
-    key = hashlib.sha256(json.dumps([hashes, tokenizer.hash, config.sequence_length]).encode()).hexdigest()[:16]
-    name = Path(config.corpus).stem
-    corpus = corpora.Corpus(name, key, {})
-    return Listed(config, corpus, key, Path(config.corpus), tokenizer, counts, as_it_is, rows=rows)
+        return pack(answered, config.sequence_length, tokenizer.end_of_text), counts
+
+    return _prepared(config, tokenizer, rows)
+
+
+def prepare_pairs(config: DataConfig, tokenizer: Tokenizer, start: int) -> Listed:
+    """The answers of ``config.corpus`` as rows for an encoder-decoder; held out as ``prepare`` says.
+
+    A row has ``tokens``, ``segments``, ``decoder_tokens``, ``labels`` and ``weights`` (``data/examples.py``), all (T,)
+    of ``config.sequence_length``; ``start`` stands in front of what the decoder reads. A source that is too long loses
+    its beginning, an answer its end.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a line that is no conversation.
+    """
+    size = config.sequence_length
+
+    def rows(conversations: Sequence[Sequence[Message]], split: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        made = [one for messages in conversations for one in pairs(messages, tokenizer)]
+        counts = {"documents": len(conversations), "tokens": sum(len(source) + len(target) for source, target in made)}
+        cut = [source_and_target(source[-size:], target[:size], start, size, size) for source, target in made]
+        return cut, counts
+
+    return _prepared(config, tokenizer, rows, "pairs")
+
+
+def _prepared(config: DataConfig, tokenizer: Tokenizer, make: Any, *kind: str) -> Listed:
+    """Each split's conversations as ``make(conversations, split) -> (rows, counts)`` gives them; ``kind`` of rows."""
+    splits, hashes = held_out(config, _read)
+    rows, counts = {}, {}
+    for name, conversations in splits.items():
+        rows[name], found = make(conversations, name)
+        size = sum(len(m["content"].encode()) for messages in conversations for m in messages)
+        counts[name] = {**found, "bytes": size, "windows": len(rows[name])}
+    return listed(config, tokenizer, hashes, rows, counts, *kind)
 
 
 def _read(path: Path, setting: str) -> list[list[Message]]:

@@ -82,7 +82,7 @@ def corrupted_spans(
     settings = (noise_density, mean_span)
     inputs, targets = spans.span_corruption(_text(record), rng, vocab_size, end, *settings, sentinels)
     inputs_size, targets_size = spans.sizes(len(record["tokens"]) - 1, *settings)
-    return _pair(inputs, targets, start, inputs_size, max(targets_size, target_length))
+    return source_and_target(inputs, targets, start, inputs_size, max(targets_size, target_length))
 
 
 def text_to_text(record: Record, rng: np.random.Generator, *, end: int, start: int, sizes: tuple[int, int]) -> Example:
@@ -91,7 +91,7 @@ def text_to_text(record: Record, rng: np.random.Generator, *, end: int, start: i
     inputs, targets = (
         np.append(record[name][: size - 1], end) for name, size in zip(("tokens", "targets"), sizes, strict=True)
     )
-    return _pair(inputs, targets, start, *sizes)
+    return source_and_target(inputs, targets, start, *sizes)
 
 
 def mixed(record: Record, rng: np.random.Generator, *, window: MakeExample, task: MakeExample) -> Example:
@@ -104,7 +104,7 @@ def denoised(record: Record, rng: np.random.Generator, *, noise: Noise, end: int
     ``end``; a source that the noise has lengthened beyond T loses its last tokens."""
     size = len(record["tokens"]) - 1
     text = _text(record)[: size - 1]
-    return _pair(np.append(noise(text, rng)[: size - 1], end), np.append(text, end), start, size, size)
+    return source_and_target(np.append(noise(text, rng)[: size - 1], end), np.append(text, end), start, size, size)
 
 
 def continued(record: Record, rng: np.random.Generator, *, start: int) -> Example:
@@ -112,7 +112,7 @@ def continued(record: Record, rng: np.random.Generator, *, start: int) -> Exampl
     section 3.2.3), cut in the middle so that no example is padded."""
     size = len(record["tokens"]) - 1
     text, half = _text(record), size // 2
-    return _pair(text[:half], text[half:], start, half, size - half)
+    return source_and_target(text[:half], text[half:], start, half, size - half)
 
 
 def _text(record: Record) -> Int32[np.ndarray, " _"]:
@@ -120,7 +120,9 @@ def _text(record: Record) -> Int32[np.ndarray, " _"]:
     return record["tokens"][:-1][record["segments"][:-1] > 0]
 
 
-def _pair(inputs: np.ndarray, targets: np.ndarray, start: int, inputs_size: int, targets_size: int) -> Example:
+def source_and_target(
+    inputs: np.ndarray, targets: np.ndarray, start: int, inputs_size: int, targets_size: int
+) -> Example:
     """A source and its target, which the decoder reads one place later, behind ``start``."""
     labels = _filled(targets, targets_size)
     return {

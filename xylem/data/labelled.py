@@ -6,9 +6,7 @@ numbered in sorted order.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,49 +15,54 @@ from jaxtyping import Int32
 
 from xylem.data import corpora
 from xylem.data.config import DataConfig
-from xylem.data.listed import Listed, as_it_is, held_out
+from xylem.data.listed import Listed, held_out, listed
 from xylem.data.tokenizers import Tokenizer
 from xylem.errors import ConfigError
 
+TokenTypes = Literal["present", "absent"]
 FORM = 'each line is {"text": ..., "label": ...}, perhaps with a "text_pair"'
 
 
 def prepare(
-    config: DataConfig, tokenizer: Tokenizer, token_types: Literal["present", "absent"]
+    config: DataConfig, tokenizer: Tokenizer, token_types: TokenTypes, known: Sequence[str] = ()
 ) -> tuple[Listed, list[str]]:
     """The texts of ``config.corpus`` as rows, and the labels' names; ``config.validation``, or the last, held out.
 
-    A row has ``tokens``, ``segments`` and, where present, ``token_types`` (T,); ``labels`` and ``weights`` (). An
-    encoder's tokenizer (one with [CLS] and [SEP]) gives [CLS] text [SEP] pair [SEP], any other its begin-of-text, if it
-    has one, the texts, and end-of-text. What is too long loses its end.
+    Rows are those of ``row``. ``known`` are the labels' names where a model has them already.
 
     Raises:
         ConfigError: a file that cannot be read, a line of another form, a label of the held-out texts that none of the
-            others has, or fewer than two labels.
+            others has, one that is not ``known``, or fewer than two labels.
     """
     found, hashes = held_out(config, _read)
-    names = sorted({label for _, _, label in found["train"]})
-    if len(names) < 2:
-        raise ConfigError("data.corpus", config.corpus, f"at least two labels; there is {', '.join(names)}")
+    names = named({split: {label for _, _, label in texts} for split, texts in found.items()}, config, known)
     rows, counts = {}, {}
     for split, texts in found.items():
-        strange = sorted({label for _, _, label in texts} - set(names))
-        if strange:
-            raise ConfigError("data.validation", strange[0], f"the labels are {', '.join(names)}", names)
-        made = [_row(tokenizer, one[:2], names.index(one[2]), config.sequence_length) for one in texts]
-        if token_types == "absent":
-            for row in made:
-                del row["token_types"]
-        rows[split] = made
+        made = [row(tokenizer, one[:2], config.sequence_length, token_types) for one in texts]
+        rows[split] = [each | {"labels": np.int32(names.index(one[2]))} for each, one in zip(made, texts, strict=True)]
         counts[split] = {
             "documents": len(texts),
             "bytes": sum(len((first + second).encode()) for first, second, _ in texts),
-            "tokens": sum(int(row["segments"].sum()) for row in rows[split]),
+            "tokens": sum(int(each["segments"].sum()) for each in made),
             "windows": len(texts),
         }
-    key = hashlib.sha256(json.dumps([hashes, tokenizer.hash, config.sequence_length]).encode()).hexdigest()[:16]
-    corpus = corpora.Corpus(Path(config.corpus).stem, key, {})
-    return Listed(config, corpus, key, Path(config.corpus), tokenizer, counts, as_it_is, rows=rows), names
+    return listed(config, tokenizer, hashes, rows, counts), names
+
+
+def named(labels: Mapping[str, set[str]], config: DataConfig, known: Sequence[str]) -> list[str]:
+    """The names of the labels found in each split, in order: those ``known``, or those of the train split, sorted.
+
+    Raises:
+        ConfigError: a label is no such name, or there are fewer than two.
+    """
+    names = list(known) or sorted(labels["train"])
+    if len(names) < 2:
+        raise ConfigError("data.corpus", config.corpus, f"at least two labels; there is {', '.join(names)}")
+    for split, found in labels.items():
+        if strange := sorted(found - set(names)):
+            setting = "data.corpus" if split == "train" else "data.validation"
+            raise ConfigError(setting, strange[0], f"the labels are {', '.join(names)}", names)
+    return names
 
 
 def _read(path: Path, setting: str) -> list[tuple[str, str, str]]:
@@ -73,24 +76,34 @@ def _read(path: Path, setting: str) -> list[tuple[str, str, str]]:
     return made
 
 
-def _row(tokenizer: Tokenizer, pair: Sequence[str], label: int, length: int) -> dict[str, Any]:
+def row(tokenizer: Tokenizer, pair: Sequence[str], length: int, token_types: TokenTypes) -> dict[str, Any]:
+    """A text, or two, as ``tokens``, ``segments`` and, where present, ``token_types`` (T,), and its weight of 1.
+
+    An encoder's tokenizer (one with [CLS] and [SEP]) gives [CLS] text [SEP] pair [SEP], any other its begin-of-text, if
+    it has one, the texts, and end-of-text. What is too long loses its end.
+    """
     ids, types = _joined(tokenizer, [text for text in pair if text], length)
     room = length - len(ids)
-    return {
+    made = {
         "tokens": np.pad(ids, (0, room)),
         "segments": np.pad(np.ones(len(ids), np.int32), (0, room)),
         "token_types": np.pad(types, (0, room)),
-        "labels": np.int32(label),
         "weights": np.float32(1),
     }
+    return made if token_types == "present" else {name: x for name, x in made.items() if name != "token_types"}
+
+
+def edges(tokenizer: Tokenizer) -> tuple[int | None, int]:
+    """The tokens before (None where there is none) and behind a text that is judged."""
+    opens, closes = tokenizer.token_id("[CLS]"), tokenizer.token_id("[SEP]")
+    if opens is not None and closes is not None:
+        return opens, closes
+    return tokenizer.begin_of_text, tokenizer.end_of_text
 
 
 def _joined(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[Int32[np.ndarray, " T"], Any]:
     """The ids of a row, and which text each belongs to."""
-    opens, closes = tokenizer.token_id("[CLS]"), tokenizer.token_id("[SEP]")
-    encoder = opens is not None and closes is not None
-    first = opens if encoder else tokenizer.begin_of_text
-    last = closes if encoder else tokenizer.end_of_text
+    first, last = edges(tokenizer)
     encoded = tokenizer.encode_batch(list(texts))
     over = sum(map(len, encoded)) + len(encoded) + (first is not None) - length
     encoded[-1] = encoded[-1][: max(1, len(encoded[-1]) - max(over, 0))]

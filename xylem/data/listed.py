@@ -1,5 +1,7 @@
 """Prepared data that is a list of records in memory."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 from xylem import files
 from xylem.data import corpora, pipeline
 from xylem.data.config import DataConfig
+from xylem.data.tokenizers import Tokenizer
 from xylem.errors import ConfigError
 
 
@@ -62,6 +65,22 @@ def held_out(config: DataConfig, read: Callable[[Path, str], list[Any]]) -> tupl
         if not found:
             raise ConfigError("data.corpus", config.corpus, f"at least one line for each split; {name} has none")
     return splits, hashes
+
+
+def listed(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    hashes: list[str],
+    rows: Mapping[str, list[dict[str, Any]]],
+    counts: dict[str, dict[str, int]],
+    *kind: str,
+) -> Listed:
+    """Rows made of the files that have these ``hashes`` (of ``held_out``) as prepared data; ``kind`` of rows, where the
+    same files could give several."""
+    parts = [hashes, tokenizer.hash, config.sequence_length, *kind]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    corpus = corpora.Corpus(Path(config.corpus).stem, key, {})
+    return Listed(config, corpus, key, Path(config.corpus), tokenizer, counts, as_it_is, rows=rows)
 
 
 def as_it_is(record: Mapping[str, Any], rng: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ section 5.3). The trunk does not know of them: the tree of ``add`` goes to ``mod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.errors import ConfigError
 from xylem.models.config import ModelConfig, TransformerConfig
-from xylem.models.language_model import Output
+from xylem.models.language_model import LanguageModel, Output
 from xylem.models.layers import add_bias, einsum
 from xylem.models.masked_lm import EncoderOutput
 
@@ -46,8 +47,8 @@ def add(config: ModelConfig, params: dict[str, Any], key: PRNGKeyArray, num_labe
     head: dict[str, Any] = linear(keys[0], num_labels)
     if causal:
         del head["bias"]  # section 3.2, equation 3: softmax(h W)
-        return {**params, kind: head}
-    unread = {"head", "pair_head"} | ({"pooler"} if kind == "tagger" else set())
+        return {**params, kind: head}  # its own head stays: the auxiliary objective reads it
+    unread = {"head", "pair_head", "classifier", "tagger"} | ({"pooler"} if kind == "tagger" else set())
     trunk = {name: part for name, part in params.items() if name not in unread}
     if kind == "classifier" and "pooler" not in trunk:
         dense = linear(keys[1], config.d_model)
@@ -72,6 +73,14 @@ def classify(params: dict[str, Any], out: Output, segments: Int[Array, "B T"] | 
 def tag(params: dict[str, Any], out: Output) -> Float[Array, "B T C"]:
     """Logits of each token's label."""
     return scores(params["tagger"], out.hidden)
+
+
+def judged(module: LanguageModel, params: dict[str, Any], batch: Mapping[str, Array]) -> Float[Array, "..."]:
+    """Logits of what the head of ``params`` judges in a batch of ``tokens``, ``segments`` and perhaps ``token_types``:
+    (B, C) of texts, (B, T, C) of tokens."""
+    more: dict[str, Any] = {name: batch[name] for name in ("segments", "token_types") if name in batch}
+    out: Any = module.apply({"params": params}, batch["tokens"], **more)
+    return tag(params, out) if "tagger" in params else classify(params, out, batch["segments"])
 
 
 def text_states(

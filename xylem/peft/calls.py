@@ -16,6 +16,7 @@ from xylem.peft.methods import child as _child
 from xylem.peft.methods import dora as _dora
 from xylem.peft.methods import ia3 as _ia3
 from xylem.peft.methods import lora as _lora
+from xylem.peft.methods import olora as _olora
 from xylem.peft.methods import prefix as _prefix
 from xylem.peft.methods import prompt as _prompt
 from xylem.peft.methods import qlora as _qlora
@@ -65,6 +66,9 @@ METHODS = {
     "lora": Method(config.LoRAConfig, _lora.graft, _lora.trainable, optimizer=_lora.optimizer),
     "qlora": Method(config.QLoRAConfig, _qlora.graft, _qlora.trainable, optimizer=_lora.optimizer),
     "dora": Method(config.DoRAConfig, _dora.graft, _dora.trainable, optimizer=_lora.optimizer),
+    "olora": Method(
+        config.OLoRAConfig, _olora.graft, _lora.trainable, optimizer=_lora.optimizer, penalty=_olora.penalty
+    ),
     "ia3": Method(config.IA3Config, _ia3.graft, _ia3.trainable),
     "adapter": Method(config.AdapterConfig, _adapter.graft, _adapter.trainable),
     "prompt": Method(config.PromptConfig, _prompt.graft, _prompt.trainable),
@@ -92,6 +96,7 @@ METHODS = {
 lora = _short(config.LoRAConfig, _lora.graft)
 qlora = _short(config.QLoRAConfig, _qlora.graft)
 dora = _short(config.DoRAConfig, _dora.graft)
+olora = _short(config.OLoRAConfig, _olora.graft)
 ia3 = _short(config.IA3Config, _ia3.graft)
 adapter = _short(config.AdapterConfig, _adapter.graft)
 prompt = _short(config.PromptConfig, _prompt.graft)
@@ -111,6 +116,7 @@ __all__ = [
     "ia3",
     "lora",
     "merge",
+    "olora",
     "prefix",
     "prompt",
     "qlora",

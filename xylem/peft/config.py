@@ -36,7 +36,7 @@ class LoRAConfig:
     scaling: Literal["standard", "stabilized"] = "standard"
     init: Literal["kaiming", "gaussian"] = "kaiming"
     rate_ratio: float = 1.0
-    name: Literal["lora", "dora", "qlora", "relora"] = field(default="lora", kw_only=True)
+    name: Literal["lora", "dora", "qlora", "relora", "olora"] = field(default="lora", kw_only=True)
 
     def __post_init__(self):
         check_choices(self)
@@ -54,7 +54,24 @@ class LoRAConfig:
 class DoRAConfig(LoRAConfig):
     """LoRA of the columns' directions, their lengths learned apart (DoRA 2402.09353)."""
 
-    name: Literal["lora", "dora", "qlora", "relora"] = field(default="dora", kw_only=True)
+    name: Literal["lora", "dora", "qlora", "relora", "olora"] = field(default="dora", kw_only=True)
+
+
+@dataclass(frozen=True)
+class OLoRAConfig(LoRAConfig):
+    """LoRA on a base that holds the pairs of earlier tasks, which it keeps away from (O-LoRA 2310.14152).
+
+    Attributes:
+        penalty: weight of the overlap with them (cmnfriend/O-LoRA, scripts/order_1.sh, lamda_1: 0.5).
+    """
+
+    penalty: float = 0.5
+    name: Literal["lora", "dora", "qlora", "relora", "olora"] = field(default="olora", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.penalty < 0:
+            raise ConfigError("penalty", self.penalty, "it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ class QLoRAConfig(LoRAConfig):
     statistics: Literal["double", "single"] = "double"
     block: int = 64
     group: int = 256
-    name: Literal["lora", "dora", "qlora", "relora"] = field(default="qlora", kw_only=True)
+    name: Literal["lora", "dora", "qlora", "relora", "olora"] = field(default="qlora", kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -248,6 +265,8 @@ class ChildConfig:
         targets: of ``fisher``: the weights that compete; all others learn (alibaba/AliceMind, ChildTuningD.py:
             those in layers).
         clip_norm: of ``fisher``: the gradient of each matrix is scaled down to it before it is squared (the same).
+        batches: of ``fisher``: so many of the first batches of a run tell the information, or all of one epoch where
+            it has fewer (the same: an epoch).
         seed: of what ``random`` draws.
     """
 
@@ -255,6 +274,7 @@ class ChildConfig:
     share: float = 0.3
     targets: str = r"layers(_\d+)?/"
     clip_norm: float = 1.0
+    batches: int = 64
     seed: int = 0
     name: Literal["child"] = field(default="child", kw_only=True)
 
@@ -262,6 +282,7 @@ class ChildConfig:
         check_choices(self)
         if not 0.0 < self.share <= 1.0:
             raise ConfigError("share", self.share, "it must lie in (0, 1]")
+        check_sizes(self, "batches")
         if not self.clip_norm > 0:
             raise ConfigError("clip_norm", self.clip_norm, "it must be positive")
 
@@ -281,7 +302,7 @@ class ReLoRAConfig(LoRAConfig):
     prune: float = 0.999
     rewarm: int = 100
     others: Literal["frozen", "learn"] = "frozen"
-    name: Literal["lora", "dora", "qlora", "relora"] = field(default="relora", kw_only=True)
+    name: Literal["lora", "dora", "qlora", "relora", "olora"] = field(default="relora", kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()

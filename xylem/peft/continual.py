@@ -8,7 +8,7 @@ forgetting is zero by construction. Which one a text needs, the nearest centroid
     params = slora.assign(slora.stack(base, plugins), ids)                  each row by its own plug-in, in one batch
 
 Where all tasks share one network instead, O-LoRA (2310.14152) grafts a new pair on the last tasks' frozen ones
-(``peft.lora`` of a grafted tree), trains what ``newest`` finds, and adds ``overlap`` to the loss.
+(``peft.olora`` of a grafted tree), trains what ``newest`` finds, and adds ``overlap`` to the loss.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Adapters as files: what was trained alone, what made it, and which base it belongs to.
 
     adapter.safetensors    the trained arrays, by path
-    adapter.json           the method's config, the base's hash
+    adapter.json           the method's config, the base's hash; of a run, where its base lies and what it was taught
 
 The grafts' other arrays (scales, structure) come from the config again; so a file of rank 8 for a model of 135 million
 parameters takes megabytes.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +42,49 @@ def fingerprint(params: Tree) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(folder: str | Path, config: Any, params: Tree, base: str) -> None:
-    """Write what a method trained in ``params`` to a folder; ``base`` is the ``fingerprint`` it was grafted onto."""
+def save_adapter(folder: str | Path, config: Any, params: Tree, base: str, **about: Any) -> None:
+    """Write what a method trained in ``params`` to a folder; ``base`` is the ``fingerprint`` it was grafted onto.
+
+    ``about`` goes into the JSON file as it is. ``training.restore`` reads ``base_path``, the base by name; and of what
+    a run taught its ``objective``, its ``data`` (a ``DataConfig``) and the ``labels`` of one that judges.
+    """
     method = METHODS[config.name]
     kept = (method.saved or method.trainable)(params, config)
-    write(folder, config, tree.partition(params, kept)[0], base)
+    write(folder, config, tree.partition(params, kept)[0], base, **about)
 
 
-def write(folder: str | Path, config: Any, trained: Any, base: str) -> None:
+def write(folder: str | Path, config: Any, trained: Any, base: str, **about: Any) -> None:
     """``save_adapter`` of what is trained alone."""
     content = save({name: np.asarray(x) for name, x in arrays(trained).items()})
-    settings = {"config": dataclasses.asdict(config), "base": base, "sha256": hashlib.sha256(content).hexdigest()}
+    digest = hashlib.sha256(content).hexdigest()
+    settings = {"config": dataclasses.asdict(config), "base": base, "sha256": digest, **about}
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder) / ARRAYS, content)
     write_whole(Path(folder) / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
-def load_adapter(folder: str | Path, base: Tree) -> tuple[Any, Tree]:
+def about(folder: str | Path) -> dict[str, Any]:
+    """What the JSON file of an adapter says.
+
+    Raises:
+        ConfigError: there is none that can be read.
+    """
+    return read_object(Path(folder) / SETTINGS, "adapter")
+
+
+def load_adapter(
+    folder: str | Path, base: Tree, headed: Callable[[Tree], Tree] = lambda base: base
+) -> tuple[Any, Tree]:
     """``(config, params)``: a method's choices, and the base with the saved graft.
+
+    ``headed`` puts the head on the base that was trained with the graft.
 
     Raises:
         ConfigError: it was trained on another base, or there is no adapter.
         CheckpointError: its arrays are damaged.
     """
     path = Path(folder)
-    settings = read_object(path / SETTINGS, "adapter")
+    settings = about(path)
     if (own := fingerprint(base)) != settings["base"]:
         raise ConfigError("adapter", str(path), f"its base has hash {settings['base'][:12]}, this one {own[:12]}")
     method = METHODS[settings["config"]["name"]]
@@ -77,7 +95,7 @@ def load_adapter(folder: str | Path, base: Tree) -> tuple[Any, Tree]:
         trained = load_file(path / ARRAYS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / ARRAYS}: {error}") from error
-    params = placed(method.graft(base, jax.random.key(0), config), trained)
+    params = placed(method.graft(headed(base), jax.random.key(0), config), trained)
     return config, params
 
 

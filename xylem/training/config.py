@@ -68,6 +68,7 @@ class OptimizerConfig:
         beta1, beta2, eps: of AdamW, and of the AdamW that moves what Muon does not; Lion reads the first two,
             Adafactor none.
         clip_norm: gradients are scaled down to this global norm; None leaves them.
+        memory: where moments lie between steps: ``host`` keeps them out of the devices' memory (``paging.py``).
     """
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
@@ -81,6 +82,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_norm: float | None = 1.0
+    memory: Literal["device", "host"] = "device"
 
     def __post_init__(self):
         check_choices(self)

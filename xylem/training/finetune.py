@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,21 @@ from typing import Any
 import jax
 import optax
 
-from xylem.data import conversations, labelled
-from xylem.data.pipeline import Prepared
+from xylem.data.pipeline import Prepared, TrainIterator
 from xylem.data.tokenizers import Tokenizer
-from xylem.errors import ConfigError
 from xylem.models import heads
-from xylem.models.config import TransformerConfig
 from xylem.models.language_model import LanguageModel
 from xylem.peft import saving
 from xylem.peft.calls import METHODS
 from xylem.peft.config import ChildConfig, ReLoRAConfig
-from xylem.peft.methods import relora
+from xylem.peft.methods import child, relora
+from xylem.sharding import batch_sharding
 from xylem.training.checkpoint import load_params
-from xylem.training.finetune_config import FinetuneConfig
+from xylem.training.finetune_config import HEADS, FinetuneConfig
+from xylem.training.inputs import tuning_data
 from xylem.training.loop import corpus_of, train
 from xylem.training.program import Start, assemble
+from xylem.training.state import TrainState
 
 ADAPTER = "adapter"  # in the run folder, at its end
 
@@ -36,39 +36,32 @@ def finetune(config: FinetuneConfig, params: Any, tokenizer: Tokenizer, argv: Se
     The run folder is that of pretraining; its checkpoints hold what is learned, not the base, and ``adapter/`` is it as
     a file of its own (``peft.saving``).
     """
-    labels: list[str] = []
-    if config.objective.name == "answers":
-        data: Prepared = conversations.prepare(config.data, tokenizer)
-    elif config.objective.name == "classification":
-        typed = isinstance(config.model, TransformerConfig) and config.model.embedding.token_types == 2
-        data, labels = labelled.prepare(config.data, tokenizer, "present" if typed else "absent")
-    else:
-        data = corpus_of(config)
-    config = replace(config, base_hash=saving.fingerprint(params))
-    begin = start_of(config, params, len(labels))
+    own = tuning_data(config.objective.name, config.model, config.data, tokenizer)
+    data, labels = own or (corpus_of(config), [])
+    config = replace(config, base_hash=saving.fingerprint(params), labels=tuple(labels))
+    begin = start_of(config, params, data)
     summary = train(config, partial(assemble, config, begin=begin), lambda _: data, argv)
     if summary["step"] == config.steps and jax.process_index() == 0:
-        held, _ = load_params(config.run_dir, entries=("trainable", "frozen"))
-        saving.write(Path(config.run_dir) / ADAPTER, config.method, _kept(config, held), config.base_hash)
+        about: dict[str, Any] = {"base_path": config.base, "objective": config.objective.name, "labels": config.labels}
+        about["data"] = asdict(config.data)
+        saving.write(Path(config.run_dir) / ADAPTER, config.method, _kept(config), config.base_hash, **about)
     return summary
 
 
-def start_of(config: FinetuneConfig, params: Any, num_labels: int) -> Start:
-    """The base with its graft, and with a head for labels where there are some."""
-    method = METHODS[config.method.name]
-    if isinstance(config.method, ChildConfig) and config.method.mask == "fisher":
-        allowed = "a run has no gradients to make the mask of before its first step (peft.methods.child.fisher_mask)"
-        raise ConfigError("method.mask", config.method.mask, allowed, ["random"])
+def start_of(config: FinetuneConfig, params: Any, data: Prepared) -> Start:
+    """The base with its graft, and with a head for labels where there are some; ``data`` is what it will learn from."""
+    method, head = METHODS[config.method.name], HEADS.get(config.objective.name)
+    fresh = ("classifier/", "tagger/") if "pooler" in params else ("classifier/", "tagger/", "pooler/")
 
     def make(module: LanguageModel, key: Any, base: Any) -> Any:
         keys = jax.random.split(key)
-        if num_labels:
-            base = heads.add(config.model, base, keys[1], num_labels, "classifier")
+        if head is not None:
+            base = heads.add(config.model, base, keys[1], len(config.labels), head)
         return method.graft(base, keys[0], config.method)
 
     def trains(grafted: Any) -> Any:
         learns = method.trainable(grafted, config.method)
-        return lambda path, weight: learns(path, weight) or path.startswith("classifier/")
+        return lambda path, weight: learns(path, weight) or path.startswith(fresh)
 
     return Start(
         make,
@@ -81,7 +74,32 @@ def start_of(config: FinetuneConfig, params: Any, num_labels: int) -> Start:
         restart=lambda state, key: method.restart(state, key, config.method),
         due=lambda step: method.due(step, config.method),
         keeps=method.saved is not None,  # then frozen weights change as well
+        prepare=partial(_informed, config, data),
     )
+
+
+def _informed(config: FinetuneConfig, data: Prepared, state: TrainState, next_gradients: Any) -> TrainState:
+    """The state before the first step; in Child-tuning D with the mask that the run's first batches tell, whose
+    gradients are those of its first steps if nothing were learned from them (``peft.methods.child``)."""
+    method = config.method
+    if not isinstance(method, ChildConfig) or method.mask != "fisher":
+        return state
+    order = "consecutive" if config.objective.name == "truncated" else "shuffled"
+    hosts: dict[str, Any] = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = TrainIterator(data, config.batch_size, config.seed, order=order, **hosts)
+    rows = batch_sharding(jax.tree.leaves(state.trainable)[0].sharding.mesh)
+    place = partial(jax.tree.map, partial(jax.make_array_from_process_local_data, rows))
+    epoch = max(1, len(data.source("train")) // config.batch_size)
+
+    def gradients() -> Iterator[Any]:
+        here = state
+        for _ in range(min(method.batches, epoch)):
+            slope, sums = next_gradients(here, place(next(batches)))
+            here = here.replace(step=here.step + 1, carry=sums.carry)
+            yield slope
+
+    mask = child.fisher_mask(gradients(), method)
+    return state.replace(optimizer=child.chosen(state.optimizer, mask))
 
 
 def _schedule(config: FinetuneConfig) -> optax.Schedule | None:
@@ -92,10 +110,13 @@ def _schedule(config: FinetuneConfig) -> optax.Schedule | None:
     return relora.schedule(config.method, config.steps, rates.learning_rate, rates.warmup_steps, rates.final_fraction)
 
 
-def _kept(config: FinetuneConfig, held: Any) -> dict[str, Any]:
-    """What an adapter's file has of a checkpoint's weights, by path; ``held`` has all of them where any frozen one."""
-    method = METHODS[config.method.name]
+def _kept(config: FinetuneConfig) -> dict[str, Any]:
+    """What an adapter's file has of the weights in a run's last checkpoint, by path: what learned, averaged where the
+    run keeps that, and the frozen weights that its method changes."""
+    method, learned = METHODS[config.method.name], "trainable" if config.ema is None else "ema"
+    kept = saving.arrays(load_params(config.run_dir, entries=(learned,))[0])
     if method.saved is None:
-        return saving.arrays(held)
+        return kept
+    held, _ = load_params(config.run_dir, entries=(learned, "frozen"))
     keeps = method.saved(held, config.method)
-    return {path: x for path, x in saving.arrays(held).items() if keeps(path, x)}
+    return kept | {path: x for path, x in saving.arrays(held).items() if keeps(path, x)}

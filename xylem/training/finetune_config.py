@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from xylem.models.config import ModelConfig, TransformerConfig
+from xylem.models.config import ModelConfig, Seq2SeqConfig, TransformerConfig
 from xylem.peft.config import (
     AdaLoRAConfig,
     AdapterConfig,
@@ -13,6 +14,7 @@ from xylem.peft.config import (
     DoRAConfig,
     IA3Config,
     LoRAConfig,
+    OLoRAConfig,
     PrefixConfig,
     PromptConfig,
     QLoRAConfig,
@@ -26,6 +28,7 @@ MethodConfig = (
     LoRAConfig
     | QLoRAConfig
     | DoRAConfig
+    | OLoRAConfig
     | AdaLoRAConfig
     | ReLoRAConfig
     | IA3Config
@@ -43,17 +46,20 @@ class FinetuneConfig(RunConfig):
     """Everything a fine-tuning run is made of.
 
     ``objective.name`` also says what the data is: ``answers`` are conversations (``data/conversations.py``),
-    ``classification`` are texts with labels (``data/labelled.py``), all others read a corpus as pretraining does.
+    ``classification`` are texts with labels (``data/labelled.py``), ``token_classification`` words with labels
+    (``data/tagged.py``), all others read a corpus as pretraining does.
 
     Attributes:
         base: the model it begins with, as ``training.restore.open_model`` names it.
         base_hash: ``peft.saving.fingerprint`` of its weights; found, not chosen.
         method: what is grafted onto it, and its choices.
+        labels: the names of what it learns to judge by, in the order of its head; found, not chosen.
     """
 
     base: str = ""
     base_hash: str = ""
     method: MethodConfig = field(default_factory=LoRAConfig)
+    labels: tuple[str, ...] = ()
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -61,8 +67,16 @@ class FinetuneConfig(RunConfig):
         return (*objectives_of(self.model), *taught_by(self.model))
 
 
+# Which head (``models/heads.py``) the objectives that judge teach.
+HEADS: dict[str, Literal["classifier", "tagger"]] = {"classification": "classifier", "token_classification": "tagger"}
+
+
 def taught_by(model: ModelConfig) -> tuple[Objective, ...]:
     """The objectives of fine-tuning alone that a kind of model can be taught by."""
-    decodes: tuple[Objective, ...] = ("answers",) if "causal_lm" in objectives_of(model) else ()
-    judges: tuple[Objective, ...] = ("classification",) if isinstance(model, TransformerConfig) else ()
-    return decodes + judges
+    encodes = isinstance(model, TransformerConfig) and model.attention.mask == "bidirectional"
+    holds: list[tuple[Objective, bool]] = [
+        ("answers", isinstance(model, Seq2SeqConfig) or "causal_lm" in objectives_of(model)),
+        ("classification", isinstance(model, TransformerConfig)),
+        ("token_classification", encodes),
+    ]
+    return tuple(name for name, fits in holds if fits)

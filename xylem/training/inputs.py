@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from xylem.data import corruption, denoising, examples, masking
+from xylem.data import conversations, corruption, denoising, examples, labelled, masking, tagged
+from xylem.data.config import DataConfig
 from xylem.data.examples import MakeExample
+from xylem.data.labelled import TokenTypes
 from xylem.data.mixture import mixed
 from xylem.data.paired import paired
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
-from xylem.models.config import Seq2SeqConfig, TransformerConfig
+from xylem.models.config import ModelConfig, Seq2SeqConfig, TransformerConfig
 from xylem.training.config import RunConfig, special_ids
 from xylem.training.objective_config import DenoisingConfig, MaskedConfig, SampledConfig, SpanConfig
 
@@ -47,6 +50,29 @@ def objective_data(config: RunConfig, data: Prepared) -> Prepared:
     if isinstance(config.objective, SpanConfig) and config.objective.tasks:
         return mixed(data, config.objective.tasks, config.objective.mixing_limit)
     return data
+
+
+def tuning_data(
+    objective: str, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()
+) -> tuple[Prepared, list[str]] | None:
+    """What an objective of fine-tuning alone reads, and the names of the labels in it; None for all other objectives.
+
+    ``labels`` are the names that a model has learned already, if it has.
+    """
+    if objective == "answers":
+        if isinstance(model, Seq2SeqConfig):
+            return conversations.prepare_pairs(data, tokenizer, model.decoder_start), []
+        return conversations.prepare(data, tokenizer), []
+    readers = {"classification": labelled.prepare, "token_classification": tagged.prepare}
+    if objective not in readers:
+        return None
+    return readers[objective](data, tokenizer, token_types_of(model), labels)
+
+
+def token_types_of(model: ModelConfig) -> TokenTypes:
+    """Whether the rows of a model that judges texts have ``token_types``."""
+    typed = isinstance(model, TransformerConfig) and model.embedding.token_types == 2
+    return "present" if typed else "absent"
 
 
 def maker(config: RunConfig, ids: Ids) -> MakeExample:
@@ -84,6 +110,10 @@ def full_stops(tokenizer: Tokenizer) -> list[int]:
 def example_shapes(config: RunConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of each array of one example, with no corpus at hand."""
     length = config.data.sequence_length
+    if config.objective.name == "answers" and isinstance(config.model, Seq2SeqConfig):
+        text = np.zeros(length, np.int32)
+        pair = examples.source_and_target(text, text, config.model.decoder_start, length, length)
+        return {name: (x.shape, x.dtype) for name, x in pair.items()}
     record = {"tokens": np.zeros(length + 1, np.int32), "segments": np.zeros(length + 1, np.int32)}
     ids = Ids(config.model.vocab_size, 0, {"mask": 1, "cls": 2, "sep": 3}, [])
     if isinstance(config.objective, MaskedConfig) and config.objective.pairs != "none":

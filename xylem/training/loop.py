@@ -41,7 +41,7 @@ from xylem.training.signals import stop_requests
 NONFINITE_LIMIT = 3  # steps in a row
 # What may differ when a run folder is opened again: how far to go, how to watch, on which devices.
 CHANGEABLE = ("steps", "mesh.*", "*_every", "evaluate_batches", "keep", "sample_prompt", "run_dir", "data.cache_dir",
-              "model.compute.*")  # fmt: skip
+              "model.compute.*", "optimizer.memory")  # fmt: skip
 
 
 def pretrain(config: RunConfig, argv: Sequence[str] = ()) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from xylem.models.settings import check_choices
 
 Objective = Literal[
     "causal_lm", "truncated", "scheduled_sampling", "continuation", "masked_lm", "span_corruption", "denoising",
-    "answers", "classification",
+    "answers", "classification", "token_classification",
 ]  # fmt: skip
 
 
@@ -23,8 +23,9 @@ class ObjectiveConfig:
     Attributes:
         name: ``causal_lm``, the next token from those before it; ``truncated``, the same with a state that goes on from
             window to window (recurrent models); ``continuation``, the second half of a window by an encoder-decoder
-            that has read the first. Fine-tuning has two more: ``answers``, ``causal_lm`` of what an assistant says
-            alone, and ``classification``, the label of a text. The others have a class each.
+            that has read the first. Fine-tuning has three more: ``answers``, ``causal_lm`` of what an assistant says
+            alone; ``classification``, the label of a text; ``token_classification``, that of each word. The others
+            have a class each.
         label_smoothing: share of the target spread over the vocabulary (1512.00567, section 7).
         z_loss: weight of ``logsumexp(logits)**2``, which keeps logits from drifting (PaLM 2204.02311, section 5).
     """

