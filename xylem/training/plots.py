@@ -1,4 +1,5 @@
-"""Pictures: the loss curve of a run, the scaling law of many, how far gradients reach, the ladder of models."""
+"""Pictures: the loss curve of a run, the scaling law of many, how far gradients reach, the ladder of models, ways to
+fine-tune."""
 
 import io
 import itertools
@@ -102,6 +103,32 @@ def ladder_curves(rows: Sequence[Mapping[str, Any]], png_path: str | Path) -> No
     ):
         _bars(axis, {row["rung"]: row[key] / over for row in rows}, colours, heading)
     axes[1].set_xscale("log")
+    _save(figure, png_path)
+
+
+def method_points(rows: Sequence[Mapping[str, Any]], png_path: str | Path) -> None:
+    """Draw what ``scripts/compare_methods.py`` found as a PNG that replaces `png_path` whole.
+
+    Each row is a method: its ``title``, how many ``parameters`` learn, its held-out ``loss``. Where none learn it is
+    the base, whose loss the heading tells.
+    """
+    base = next((row["loss"] for row in rows if not row["parameters"]), None)
+    rows = sorted((row for row in rows if row["parameters"]), key=lambda row: row["loss"])
+    figure, (axis,) = _figure(1)
+    figure.set_size_inches(9.0, 5.2)
+    _style(axis, "parameters that learn")
+    before = "" if base is None else f"; the base has {base:.2f}"
+    _heading(axis, f"loss of held-out answers (nats per token{before})")
+    axis.set_xscale("log")
+    axis.plot([row["parameters"] for row in rows], [row["loss"] for row in rows], "o", color=TRAIN, markersize=6)
+    axis.margins(x=0.06, y=0.08)
+    lowest, highest = axis.get_ylim()
+    heights = apart([row["loss"] for row in rows], 0.033 * (highest - lowest))
+    for row, height in zip(rows, heights, strict=True):
+        axis.annotate(
+            row["title"], (row["parameters"], height), (7, 0), textcoords="offset points", va="center", fontsize=8,
+            color=INK,
+        )  # fmt: skip
     _save(figure, png_path)
 
 
