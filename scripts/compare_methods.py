@@ -31,8 +31,8 @@ NAMES: tuple[Name, ...] = get_args(Name)
 WARM, TIMED = 2, 8  # steps before the clock is read, and steps by it
 TABLE = "methods"  # the section of a page that --page names
 
-# What each is, and its learning rate: the better of a few tried for the model and steps of the defaults. Weights of the
-# network itself take small steps, grafts that begin as nothing large ones, few numbers that stretch the largest.
+# What each is, and its learning rate, by rules of thumb and no search: weights of the network itself take small steps,
+# grafts that begin as nothing take large ones, and the fewer numbers there are the larger.
 METHODS: dict[str, tuple[Any, float]] = {
     "full": (peft.SelectionConfig(targets="."), 5e-5),
     "child": (peft.ChildConfig(), 1e-4),
