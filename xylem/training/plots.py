@@ -123,13 +123,25 @@ def method_points(rows: Sequence[Mapping[str, Any]], png_path: str | Path) -> No
     axis.plot([row["parameters"] for row in rows], [row["loss"] for row in rows], "o", color=TRAIN, markersize=6)
     axis.margins(x=0.06, y=0.08)
     lowest, highest = axis.get_ylim()
-    heights = apart([row["loss"] for row in rows], 0.033 * (highest - lowest))
-    for row, height in zip(rows, heights, strict=True):
-        axis.annotate(
-            row["title"], (row["parameters"], height), (7, 0), textcoords="offset points", va="center", fontsize=8,
-            color=INK,
-        )  # fmt: skip
+    for group in _neighbours(rows):
+        # The names of what lies close stand in a column on its right, each with a line to its point.
+        right = max(row["parameters"] for row in group)
+        heights = apart([row["loss"] for row in group], 0.036 * (highest - lowest))
+        for row, height in zip(group, heights, strict=True):
+            line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
+            axis.annotate(
+                row["title"], (row["parameters"], row["loss"]), (1.25 * right, height), va="center", fontsize=8,
+                color=INK, arrowprops=line, annotation_clip=False,
+            )  # fmt: skip
     _save(figure, png_path)
+
+
+def _neighbours(rows: Sequence[Mapping[str, Any]], ratio: float = 3.0) -> list[list[Mapping[str, Any]]]:
+    """Rows in groups, apart by more than ``ratio`` times the parameters; in each the order of the rows."""
+    sizes = sorted({row["parameters"] for row in rows})
+    starts = [size for before, size in itertools.pairwise([0, *sizes]) if size > ratio * before]
+    of = lambda row: sum(start <= row["parameters"] for start in starts)  # noqa: E731
+    return [[row for row in rows if of(row) == number] for number in range(1, len(starts) + 1)]
 
 
 def smooth(values: Sequence[float | int], reach: int) -> list[float]:
