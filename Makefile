@@ -30,9 +30,9 @@ lint: $(VENV)/.check
 slow: $(VENV)/.check
 	XYLEM_PROOFS=$(PROOFS) $(VENV)/bin/python $(PYTEST) -m slow
 
-# After test and slow: what they proved, as a page.
+# After test and slow: what they proved, as pages.
 proofs: $(VENV)/.core
-	$(VENV)/bin/python scripts/proofs.py $(PROOFS) docs/proofs.md
+	$(VENV)/bin/python scripts/proofs.py $(PROOFS) docs/proofs.md docs/peft.md
 
 next: .venv-next/.test
 	.venv-next/bin/python $(PYTEST) -m "not slow and not oracle"

@@ -47,6 +47,25 @@ EMPTY = {("bitfit", "llama"), ("bitfit", "t5"), ("prefix", "mamba")}
 CELLS = [(method, family) for family in FAMILIES for method in SETTINGS if (method, family) not in EMPTY]
 # Those that every run of the fast tests looks at: each method and each family at least once.
 FEW = [(method, family) for place, method in enumerate(SETTINGS) for family in (list(FAMILIES)[place % 6],)]
+VIRTUAL = ("prompt", "prefix")  # they change what the network reads: their identity is another test
+
+
+def merges(method: str) -> bool:
+    """Whether a method's grafts can become weights of the network."""
+    return method not in (*VIRTUAL, "houlsby", "pfeiffer")
+
+
+# What is measured, and in which cells.
+MEASURED = {
+    "fresh": [one for one in CELLS if one[0] not in VIRTUAL],
+    "still": CELLS,
+    "merged": [one for one in CELLS if merges(one[0])],
+    "unmerged": [one for one in CELLS if merges(one[0]) and one[0] not in ("dora", "qlora")],
+    "saved": CELLS,
+    "cached": [one for one in CELLS if one[1] != "bert"],
+    "sharded": [one for one in FEW if one in CELLS],
+    "empty": sorted(EMPTY),
+}
 
 
 def method_of(name: str):

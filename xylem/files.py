@@ -80,6 +80,33 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
+def section(page: str | Path, name: str) -> tuple[str, str, str]:
+    """A page before, between and behind the comments ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+
+    Raises:
+        ConfigError: there is no such page, or it does not have both, once and in order.
+    """
+    try:
+        text = Path(page).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("page", str(page), f"a Markdown file that can be read ({error})") from error
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    before, opened, rest = text.partition(begin)
+    between, closed, behind = rest.partition(end)
+    if not (opened and closed) or text.count(begin) + text.count(end) > 2:
+        allowed = (
+            f"it must have the lines {begin.strip()} and {end}, once and in this order: what is between is written"
+        )
+        raise ConfigError("page", str(page), allowed)
+    return before + begin, between, end + behind
+
+
+def replace_section(page: str | Path, name: str, content: str) -> None:
+    """Write ``content`` between the comments of ``section``; the rest of the page stays as it is."""
+    before, _, behind = section(page, name)
+    write_whole(page, f"{before}{content}\n{behind}")
+
+
 def read_object(file: Path, field: str) -> dict[str, Any]:
     """The JSON object in a file that may be missing, damaged or something else.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grid import CELLS, EMPTY, FEW, SETTINGS, base_of, logits, method_of, module_of, moved, texts
+from grid import CELLS, FEW, MEASURED, SETTINGS, VIRTUAL, base_of, logits, merges, method_of, module_of, moved, texts
 from operations import apart
 
 from xylem.errors import ConfigError
@@ -23,8 +23,7 @@ from xylem.sharding import make_mesh, path_name, shardings
 # leaf is exact is another test.
 NEAR = {"houlsby": 1e-3, "pfeiffer": 1e-3}
 ROUNDING = {"t5": 1e-4}
-VIRTUAL = ("prompt", "prefix")  # they change what the network reads: their identity is another test
-
+ULPS = 2.0  # of adding to a number and taking the same away: each rounds once
 
 PARAMS = [pytest.param(one, marks=[] if one in FEW else pytest.mark.slow, id="-".join(one)) for one in CELLS]
 
@@ -59,8 +58,15 @@ def learns(method, params):
     return method_of(method).trainable(params, SETTINGS[method])
 
 
-def test_a_graft_is_nothing_until_it_learns_and_then_alone_moves(cell):
+@pytest.fixture
+def holds(measured):
+    """``holds(kind, cell, error, bar)``: one property of a cell."""
+    return lambda kind, cell, error, bar: measured(kind, *cell, error, bar, len(MEASURED[kind]))
+
+
+def test_a_graft_is_nothing_until_it_learns_and_then_alone_moves(cell, holds):
     method, family, base, grafted, key, batch = cell
+    exact = ROUNDING.get(family, 1e-5)
     forward = partial(logits, family, method)
     trainable, frozen = partition(grafted, learns(method, grafted))
     away = moved(grafted, learns(method, grafted), key)
@@ -83,20 +89,23 @@ def test_a_graft_is_nothing_until_it_learns_and_then_alone_moves(cell):
     (out, out_away), new = steps(both)
     new = jax.tree.map(lambda x: x[0], new)
     if method not in VIRTUAL:
-        near = NEAR.get(method, ROUNDING.get(family, 1e-5))
         start = jax.tree.map(dequantised, grafted, is_leaf=is_leaf) if method == "qlora" else base
-        assert apart([out], [ungrafted(family, stacked(start, start), batch)[0]]) <= near
+        off = apart([out], [ungrafted(family, stacked(start, start), batch)[0]])
+        holds("fresh", (method, family), off, NEAR.get(method, exact))
     assert apart([out_away], [out]) > 1e-3, "what learns matters"
     if merges(method):
         merged = merging.merge(away)
-        assert apart([ungrafted(family, stacked(merged, merged), batch)[0]], [out_away]) <= ROUNDING.get(family, 1e-5)
+        off = apart([ungrafted(family, stacked(merged, merged), batch)[0]], [out_away])
+        holds("merged", (method, family), off, exact)
     still = [path_name(p) for p, x in jax.tree_util.tree_leaves_with_path(new) if not changed(x, at(trainable, p))]
     # B of zero stops A's first gradient, and A of zero B's; a bias of keys has none at all.
     still = [name for name in still if not name.startswith(("pooler/", "pair_head/"))]  # no part of the logits
-    assert all(name.endswith(("/a", "/b", "key/bias")) for name in still), still
+    stuck = [name for name in still if not name.endswith(("/a", "/b", "key/bias"))]
+    print(stuck)
+    holds("still", (method, family), len(stuck), 0.0)
     assert len(still) < len(jax.tree.leaves(new))
-    if merges(method) and method not in ("dora", "qlora"):
-        assert drift(merging.unmerge(merged, away), away) <= 2
+    if (method, family) in MEASURED["unmerged"]:
+        holds("unmerged", (method, family), drift(merging.unmerge(merged, away), away), ULPS)
 
 
 def stacked(*trees):
@@ -114,8 +123,11 @@ def dequantised(weight):
     return plain(weight.base) if is_leaf(weight) else weight
 
 
-def merges(method: str) -> bool:
-    return method not in (*VIRTUAL, "houlsby", "pfeiffer")
+def largest_change(new, old) -> float:
+    """The largest difference of two trees of equal structure, whatever their arrays hold."""
+    assert jax.tree.structure(new) == jax.tree.structure(old)
+    pairs = zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (new, old)), strict=True)
+    return max((float(np.max(np.abs(x.astype(float) - y.astype(float)), initial=0.0)) for x, y in pairs), default=0.0)
 
 
 def at(tree, path):
@@ -137,13 +149,13 @@ def drift(back, grafted) -> float:
     return worst
 
 
-def test_a_graft_is_saved_and_comes_back(cell, tmp_path):
-    method, _, base, grafted, key, _ = cell
+def test_a_graft_is_saved_and_comes_back(cell, holds, tmp_path):
+    method, family, base, grafted, key, _ = cell
     trained = moved(grafted, learns(method, grafted), key)
     save_adapter(tmp_path, SETTINGS[method], trained, fingerprint(base))
     config, params = load_adapter(tmp_path, base)
     assert config == SETTINGS[method]
-    jax.tree.map(np.testing.assert_array_equal, params, trained)
+    holds("saved", (method, family), largest_change(params, trained), 0.0)
     kept = (method_of(method).saved or method_of(method).trainable)(trained, SETTINGS[method])
     size = sum(x.size for x in jax.tree.leaves(partition(trained, kept)[0]))
     assert (tmp_path / "adapter.safetensors").stat().st_size < 4 * size + 9000
@@ -152,21 +164,20 @@ def test_a_graft_is_saved_and_comes_back(cell, tmp_path):
         load_adapter(tmp_path, {name: part for name, part in other.items() if part is not None})
 
 
-@pytest.mark.parametrize(("method", "family"), sorted(EMPTY), ids="-".join)
-def test_cells_that_are_empty_say_why(method, family, rng_seed):
+@pytest.mark.parametrize(("method", "family"), MEASURED["empty"], ids=map("-".join, MEASURED["empty"]))
+def test_cells_that_are_empty_say_why(method, family, measured, rng_seed):
     reason = {"bitfit": "no biases", "prefix": "keys and values are attention's"}[method]
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(ConfigError, match=reason) as caught:
         method_of(method).graft(base_of(family, rng_seed), jax.random.key(0), SETTINGS[method])
+    measured("empty", method, family, str(caught.value), None, len(MEASURED["empty"]))
 
 
 MODEL = 1e-4  # sums in another order, through a whole network
-DECODERS = [one for one in CELLS if one[1] != "bert"]
-SPREAD = [one for one in FEW if one in CELLS]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "family"), DECODERS, ids=map("-".join, DECODERS))
-def test_a_cache_sees_the_graft(method, family, rng_seed):
+@pytest.mark.parametrize(("method", "family"), MEASURED["cached"], ids=map("-".join, MEASURED["cached"]))
+def test_a_cache_sees_the_graft(method, family, holds, rng_seed):
     base, keys = base_of(family, rng_seed), jax.random.split(jax.random.key(rng_seed), 2)
     grafted = method_of(method).graft(base, keys[0], SETTINGS[method])
     params = method_of(method).fold(moved(grafted, learns(method, grafted), keys[1]))
@@ -186,12 +197,12 @@ def test_a_cache_sees_the_graft(method, family, rng_seed):
         return whole, jnp.concatenate([first.logits, rest.logits], axis=1)
 
     whole, parts = both(params)
-    assert apart([parts], [whole]) <= MODEL
+    holds("cached", (method, family), apart([parts], [whole]), MODEL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "family"), SPREAD, ids=map("-".join, SPREAD))
-def test_a_graft_is_cut_over_devices(method, family, rng_seed):
+@pytest.mark.parametrize(("method", "family"), MEASURED["sharded"], ids=map("-".join, MEASURED["sharded"]))
+def test_a_graft_is_cut_over_devices(method, family, holds, rng_seed):
     base, keys = base_of(family, rng_seed), jax.random.split(jax.random.key(rng_seed), 2)
     grafted = method_of(method).graft(base, keys[0], SETTINGS[method])
     params, batch = moved(grafted, learns(method, grafted), keys[1]), texts(family, rng_seed)
@@ -202,4 +213,4 @@ def test_a_graft_is_cut_over_devices(method, family, rng_seed):
         cut = [x for x in jax.tree.leaves(placed) if x.sharding.shard_shape(x.shape) != x.shape]
         out = np.asarray(forward(placed, batch))
     assert len(cut) > 5
-    assert apart([out], [forward(params, batch)]) <= MODEL
+    holds("sharded", (method, family), apart([out], [forward(params, batch)]), MODEL)

@@ -33,7 +33,18 @@ def flags(corpus, tmp_path):
     return (*TINY, *where, "--run-dir", str(tmp_path / "run"))
 
 
-NAMES = ("pretrain", "generate", "classify", "plan", "evaluate", "scaling", "gradient_flow", "architectures", "ladder")
+NAMES = (
+    "pretrain",
+    "generate",
+    "classify",
+    "plan",
+    "evaluate",
+    "scaling",
+    "gradient_flow",
+    "architectures",
+    "ladder",
+    "compare_methods",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ A line of a JSONL file is one conversation, in any of the forms that are about::
 It is written as the checkpoint's chat template says; a tokenizer without one gives the question, a line break and the
 answer. What the assistant says is learned, and the token that ends it: by a decoder in packed rows of whole
 conversations (``prepare``), by an encoder-decoder one answer a row, its source what stands before (``prepare_pairs``).
+``trivia`` names a set that is fetched (``data/trivia.py``).
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from xylem.data import corpora
+from xylem.data import corpora, trivia
 from xylem.data.config import DataConfig
 from xylem.data.examples import source_and_target
-from xylem.data.listed import Listed, held_out, listed
+from xylem.data.listed import Listed, all_of, held_out, listed
 from xylem.data.tokenizers import Tokenizer
 from xylem.errors import ConfigError
 
@@ -163,7 +164,8 @@ def pairs(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Pair]:
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer) -> Listed:
-    """The conversations of ``config.corpus``, encoded and packed; ``config.validation``, or the last of them, held out.
+    """The conversations of ``config.corpus``, encoded and packed; ``config.validation``, or the last of them, held out
+    (``trivia`` has held-out ones of its own).
 
     Raises:
         ConfigError: a file that cannot be read, a line that is no conversation, or no answer that fits into a row.
@@ -208,13 +210,24 @@ def prepare_pairs(config: DataConfig, tokenizer: Tokenizer, start: int) -> Liste
 
 def _prepared(config: DataConfig, tokenizer: Tokenizer, make: Any, *kind: str) -> Listed:
     """Each split's conversations as ``make(conversations, split) -> (rows, counts)`` gives them; ``kind`` of rows."""
-    splits, hashes = held_out(config, _read)
+    splits, hashes = _splits(config)
     rows, counts = {}, {}
     for name, conversations in splits.items():
         rows[name], found = make(conversations, name)
         size = sum(len(m["content"].encode()) for messages in conversations for m in messages)
         counts[name] = {**found, "bytes": size, "windows": len(rows[name])}
     return listed(config, tokenizer, hashes, rows, counts, *kind)
+
+
+def _splits(config: DataConfig) -> tuple[dict[str, list[Any]], list[str]]:
+    """The conversations by split, and what changes when they do."""
+    if config.corpus != trivia.TRIVIA:
+        return held_out(config, _read, [trivia.TRIVIA])
+    splits, hashes = trivia.load(config.cache_dir), [trivia.SHA256]
+    if config.validation is not None:
+        splits["validation"], more = all_of("data.validation", config.validation, _read)
+        hashes += more
+    return splits, hashes
 
 
 def _read(path: Path, setting: str) -> list[list[Message]]:

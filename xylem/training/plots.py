@@ -1,4 +1,5 @@
-"""Pictures: the loss curve of a run, the scaling law of many, how far gradients reach, the ladder of models."""
+"""Pictures: the loss curve of a run, the scaling law of many, how far gradients reach, the ladder of models, ways to
+fine-tune."""
 
 import io
 import itertools
@@ -103,6 +104,44 @@ def ladder_curves(rows: Sequence[Mapping[str, Any]], png_path: str | Path) -> No
         _bars(axis, {row["rung"]: row[key] / over for row in rows}, colours, heading)
     axes[1].set_xscale("log")
     _save(figure, png_path)
+
+
+def method_points(rows: Sequence[Mapping[str, Any]], png_path: str | Path) -> None:
+    """Draw what ``scripts/compare_methods.py`` found as a PNG that replaces `png_path` whole.
+
+    Each row is a method: its ``title``, how many ``parameters`` learn, its held-out ``loss``. Where none learn it is
+    the base, whose loss the heading tells.
+    """
+    base = next((row["loss"] for row in rows if not row["parameters"]), None)
+    rows = sorted((row for row in rows if row["parameters"]), key=lambda row: row["loss"])
+    figure, (axis,) = _figure(1)
+    figure.set_size_inches(9.0, 5.2)
+    _style(axis, "parameters that learn")
+    before = "" if base is None else f"; the base has {base:.2f}"
+    _heading(axis, f"loss of held-out answers (nats per token{before})")
+    axis.set_xscale("log")
+    axis.plot([row["parameters"] for row in rows], [row["loss"] for row in rows], "o", color=TRAIN, markersize=6)
+    axis.margins(x=0.06, y=0.08)
+    lowest, highest = axis.get_ylim()
+    for group in _neighbours(rows):
+        # The names of what lies close stand in a column on its right, each with a line to its point.
+        right = max(row["parameters"] for row in group)
+        heights = apart([row["loss"] for row in group], 0.036 * (highest - lowest))
+        for row, height in zip(group, heights, strict=True):
+            line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
+            axis.annotate(
+                row["title"], (row["parameters"], row["loss"]), (1.25 * right, height), va="center", fontsize=8,
+                color=INK, arrowprops=line, annotation_clip=False,
+            )  # fmt: skip
+    _save(figure, png_path)
+
+
+def _neighbours(rows: Sequence[Mapping[str, Any]], ratio: float = 3.0) -> list[list[Mapping[str, Any]]]:
+    """Rows in groups, apart by more than ``ratio`` times the parameters; in each the order of the rows."""
+    sizes = sorted({row["parameters"] for row in rows})
+    starts = [size for before, size in itertools.pairwise([0, *sizes]) if size > ratio * before]
+    of = lambda row: sum(start <= row["parameters"] for start in starts)  # noqa: E731
+    return [[row for row in rows if of(row) == number] for number in range(1, len(starts) + 1)]
 
 
 def smooth(values: Sequence[float | int], reach: int) -> list[float]:
