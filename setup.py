@@ -18,6 +18,7 @@ CORE = [
     "gguf>=0.17",
     "tokenizers>=0.22",
     "jinja2>=3.1.6",
+    "pyyaml>=6.0",
     "tyro>=1.0",
     "rich>=14.0",
     "tensorboardX>=2.6.4",

@@ -2,11 +2,14 @@
 
     python scripts/finetune.py BASE --method lora --data.corpus FILE ...
 
+    python scripts/finetune.py smollm2 --method lora --data.corpus trivia
+
 BASE is what scripts/generate.py takes: a run folder, a Hugging Face folder, a .gguf file, or the name of a model that
 ships inside a package. --objective.name says what FILE is: "answers", a .jsonl of conversations, of which what the
-assistant says is learned (the default); "classification", a .jsonl of texts with labels; "causal_lm", a text of some
-domain. Every field is a flag, those of the method --method.FIELD. The same command on the same folder resumes;
-scripts/generate.py and scripts/evaluate.py open it, and its adapter/ is what was learned as a file of its own.
+assistant says is learned, or "trivia", a set of them that is fetched (the default); "classification", a .jsonl of texts
+with labels; "causal_lm", a text of some domain. Every field is a flag, those of the method --method.FIELD. The same
+command on the same folder resumes; scripts/generate.py and scripts/evaluate.py open it, and its adapter/ is what was
+learned as a file of its own.
 """
 
 from __future__ import annotations
@@ -75,7 +78,9 @@ def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
     length = min(512, config.max_length)
     default = FinetuneConfig(
         model=config.with_compute(replace(config.compute, layers="auto")),
-        data=DataConfig("wikitext2", tokenizer=model.data.tokenizer, sequence_length=length),
+        data=DataConfig(
+            "trivia" if objective == "answers" else "wikitext2", tokenizer=model.data.tokenizer, sequence_length=length
+        ),
         objective=ObjectiveConfig(name=objective),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0),
         base=str(Path(base).resolve()) if Path(base).exists() else base,

@@ -7,7 +7,8 @@ A line of a JSONL file is one conversation, in any of the forms that are about::
     {"prompt": ..., "completion": ...}
 
 It is written as the checkpoint's chat template says; a tokenizer without one gives the question, a line break and the
-answer. What the assistant says is learned, and the token that ends it.
+answer. What the assistant says is learned, and the token that ends it. ``trivia`` names a set that is fetched
+(``data/trivia.py``).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from xylem.data import corpora
+from xylem.data import corpora, trivia
 from xylem.data.config import DataConfig
-from xylem.data.listed import Listed, as_it_is, held_out
+from xylem.data.listed import Listed, all_of, as_it_is, held_out
 from xylem.data.tokenizers import Tokenizer
 from xylem.errors import ConfigError
 
@@ -134,12 +135,13 @@ def _row(examples: Sequence[Example], length: int, pad: int) -> dict[str, np.nda
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer) -> Listed:
-    """The conversations of ``config.corpus``, encoded and packed; ``config.validation``, or the last of them, held out.
+    """The conversations of ``config.corpus``, encoded and packed; ``config.validation``, or the last of them, held out
+    (``trivia`` has held-out ones of its own).
 
     Raises:
         ConfigError: a file that cannot be read, a line that is no conversation, or no answer that fits into a row.
     """
-    splits, hashes = held_out(config, _read)
+    splits, hashes = _splits(config)
     rows, counts = {}, {}
     for name, conversations in splits.items():
         encoded = [encode(messages, tokenizer) for messages in conversations]
@@ -159,6 +161,17 @@ def prepare(config: DataConfig, tokenizer: Tokenizer) -> Listed:
     name = Path(config.corpus).stem
     corpus = corpora.Corpus(name, key, {})
     return Listed(config, corpus, key, Path(config.corpus), tokenizer, counts, as_it_is, rows=rows)
+
+
+def _splits(config: DataConfig) -> tuple[dict[str, list[Any]], list[str]]:
+    """The conversations by split, and what changes when they do."""
+    if config.corpus != trivia.TRIVIA:
+        return held_out(config, _read, [trivia.TRIVIA])
+    splits, hashes = trivia.load(config.cache_dir), [trivia.SHA256]
+    if config.validation is not None:
+        splits["validation"], more = all_of("data.validation", config.validation, _read)
+        hashes += more
+    return splits, hashes
 
 
 def _read(path: Path, setting: str) -> list[list[Message]]:

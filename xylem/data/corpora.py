@@ -8,7 +8,7 @@ import importlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -47,6 +47,7 @@ WIKITEXT2_RAW = {
 # such as " = Wins ; L = ", which have no blank lines around them. An article owns the blank line before its title.
 _ARTICLE = re.compile(r"^ \n = (?!= )[^\n]*(?<! =) = \n \n", re.MULTILINE)
 
+NAMED = ("wikitext2", "tfds:NAME[/CONFIG][:FEATURE]")
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
@@ -81,7 +82,7 @@ def open_corpus(config: DataConfig, report: files.Report = print) -> Corpus:
     elif config.corpus.startswith("tfds:"):
         corpus = _from_tfds(config, report)
     else:
-        paths = find_files("data.corpus", config.corpus)
+        paths = find_files("data.corpus", config.corpus, NAMED)
         documents = _file_documents(paths, config.text_field)
         name = re.sub(r"\W+", "_", paths[0].stem if len(paths) == 1 else paths[0].parent.name)[:40] or "files"
         identity = _identity("files", config.text_field, *map(files.sha256, paths))
@@ -103,8 +104,8 @@ def split_articles(text: str) -> list[str]:
     return [text[a:b] for a, b in pairwise(bounds)]
 
 
-def find_files(field: str, pattern: str) -> list[Path]:
-    """The .txt and .jsonl files that a path, a folder or a glob names, sorted.
+def find_files(field: str, pattern: str, named: Sequence[str] = ()) -> list[Path]:
+    """The .txt and .jsonl files that a path, a folder or a glob names, sorted; ``named`` is what else might be meant.
 
     Raises:
         ConfigError: there are none, or a file has another ending.
@@ -116,12 +117,9 @@ def find_files(field: str, pattern: str) -> list[Path]:
         found = [path]
     else:
         found = [Path(one) for one in glob.glob(str(path), recursive=True) if Path(one).is_file()]
-    allowed = "an existing .txt or .jsonl file, a folder or a glob of such"
+    allowed = "; or ".join(["an existing .txt or .jsonl file, a folder or a glob of such", *named])
     if not found:
-        choices: list[str] = []
-        if field == "data.corpus":
-            allowed += "; or wikitext2; or tfds:NAME[/CONFIG][:FEATURE]"
-            choices = ["wikitext2", "tfds:"]
+        choices = [name.partition("NAME")[0] for name in named]
         beside = [str(one) for one in path.parent.glob("*.*")] if path.parent.is_dir() else []
         raise ConfigError(field, pattern, f"no such file; allowed: {allowed}", [*choices, *beside])
     other = next((one for one in found if one.suffix not in (".txt", ".jsonl")), None)

@@ -38,30 +38,34 @@ class Listed(pipeline.Prepared):
         return source.__getitems__(rows)  # made a moment ago: nothing on disk could have damaged them
 
 
-def held_out(config: DataConfig, read: Callable[[Path, str], list[Any]]) -> tuple[dict[str, list[Any]], list[str]]:
+Read = Callable[[Path, str], list[Any]]
+
+
+def held_out(config: DataConfig, read: Read, named: Sequence[str] = ()) -> tuple[dict[str, list[Any]], list[str]]:
     """What ``read(path, setting)`` finds in the files of ``config.corpus`` and of ``config.validation``, in whose place
-    the last of the others are held out where there are none; and the files' hashes.
+    the last of the others are held out where there are none; and the files' hashes. ``named``: see ``find_files``.
 
     Raises:
         ConfigError: there is no such file, or nothing is left to learn from.
     """
-    splits: dict[str, list[Any]] = {}
-    hashes = []
-    for name, setting, pattern in (
-        ("train", "data.corpus", config.corpus),
-        ("validation", "data.validation", config.validation),
-    ):
-        if pattern is not None:
-            paths = corpora.find_files(setting, pattern)
-            hashes += [files.sha256(path) for path in paths]
-            splits[name] = [one for path in paths for one in read(path, setting)]
-    if "validation" not in splits:
+    found, hashes = all_of("data.corpus", config.corpus, read, named)
+    splits = {"train": found}
+    if config.validation is not None:
+        splits["validation"], more = all_of("data.validation", config.validation, read)
+        hashes += more
+    else:
         count = max(1, round(len(splits["train"]) * config.validation_fraction))
         splits = {"train": splits["train"][:-count], "validation": splits["train"][-count:]}
     for name, found in splits.items():
         if not found:
             raise ConfigError("data.corpus", config.corpus, f"at least one line for each split; {name} has none")
     return splits, hashes
+
+
+def all_of(setting: str, pattern: str, read: Read, named: Sequence[str] = ()) -> tuple[list[Any], list[str]]:
+    """What ``read(path, setting)`` finds in the files that a pattern names, and their hashes."""
+    paths = corpora.find_files(setting, pattern, named)
+    return [one for path in paths for one in read(path, setting)], [files.sha256(path) for path in paths]
 
 
 def as_it_is(record: Mapping[str, Any], rng: Any) -> dict[str, Any]:
