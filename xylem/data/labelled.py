@@ -1,7 +1,7 @@
 """Labelled texts: JSONL files of ``{"text": ..., "label": ...}`` -> rows of one text each.
 
 Two texts that are judged together are ``{"text": ..., "text_pair": ...}``. Labels are names or numbers; they are
-numbered in sorted order.
+numbered in sorted order. ``trec`` names a set that is fetched (``data/trec.py``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32
 
-from xylem.data import corpora
+from xylem.data import corpora, trec
 from xylem.data.config import DataConfig
-from xylem.data.listed import Listed, as_it_is, held_out
+from xylem.data.listed import Listed, all_of, as_it_is, held_out
 from xylem.data.tokenizers import Tokenizer
 from xylem.errors import ConfigError
 
@@ -37,7 +37,7 @@ def prepare(
         ConfigError: a file that cannot be read, a line of another form, a label of the held-out texts that none of the
             others has, or fewer than two labels.
     """
-    found, hashes = held_out(config, _read)
+    found, hashes = _splits(config)
     names = sorted({label for _, _, label in found["train"]})
     if len(names) < 2:
         raise ConfigError("data.corpus", config.corpus, f"at least two labels; there is {', '.join(names)}")
@@ -60,6 +60,17 @@ def prepare(
     key = hashlib.sha256(json.dumps([hashes, tokenizer.hash, config.sequence_length]).encode()).hexdigest()[:16]
     corpus = corpora.Corpus(Path(config.corpus).stem, key, {})
     return Listed(config, corpus, key, Path(config.corpus), tokenizer, counts, as_it_is, rows=rows), names
+
+
+def _splits(config: DataConfig) -> tuple[dict[str, list[tuple[str, str, str]]], list[str]]:
+    """The texts by split, and what changes when they do."""
+    if config.corpus != trec.TREC:
+        return held_out(config, _read, [trec.TREC])
+    splits, hashes = trec.load(config.cache_dir), [trec.SHA256]
+    if config.validation is not None:
+        splits["validation"], more = all_of("data.validation", config.validation, _read)
+        hashes += more
+    return splits, hashes
 
 
 def _read(path: Path, setting: str) -> list[tuple[str, str, str]]:
