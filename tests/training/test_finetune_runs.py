@@ -117,7 +117,7 @@ def test_answers_are_learned_by_what_is_grafted_alone(base, files, folder, tmp_p
         ("classification", peft.PrefixConfig(length=3, hidden=4)),
         ("causal_lm", peft.PromptConfig(length=3)),
         ("causal_lm", peft.PrefixConfig(length=3, hidden=4)),
-        ("answers", peft.ReLoRAConfig(rank=2, every=2, rewarm=1)),
+        ("answers", peft.ReLoRAConfig(rank=2, every=2, rewarm=1, others="learn")),
         ("causal_lm", peft.SelectionConfig(targets="norm/")),
     ],
     ids=["classification-prefix", "corpus-prompt", "corpus-prefix", "answers-relora", "corpus-norms"],

@@ -34,8 +34,8 @@ class DataConfig:
 
     Attributes:
         corpus: ``wikitext2``; or a file, folder or glob of ``.txt`` (one document a file) and ``.jsonl`` (one a line);
-            or ``tfds:NAME[/CONFIG][:FEATURE]``, a registered TFDS builder with a text feature. Conversations are such
-            files, or ``trivia``.
+            or ``tfds:NAME[/CONFIG][:FEATURE]``, a registered TFDS builder with a text feature. Conversations and
+            labelled texts are ``.jsonl`` files, or a set by its name (``conversations.NAMED``; ``trec``).
         validation: files that replace the corpus's own validation split (same forms as files in ``corpus``).
         tokenizer: ``bytes``, ``characters``, ``bpe:SIZE`` (trained on the train split), or a path that
             ``tokenizers.load`` reads.

@@ -9,19 +9,23 @@ A line of a JSONL file is one conversation, in any of the forms that are about::
 It is written as the checkpoint's chat template says; a tokenizer without one gives the question, a line break and the
 answer. What the assistant says is learned, and the token that ends it: by a decoder in packed rows of whole
 conversations (``prepare``), by an encoder-decoder one answer a row, its source what stands before (``prepare_pairs``).
-``trivia`` names a set that is fetched (``data/trivia.py``).
+``trivia`` names a set that is fetched (``data/trivia.py``); ``finance``, ``medicine`` and ``law`` name others, made or
+fetched (``data/domains.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from xylem.data import corpora, trivia
+from xylem.data import corpora, domains, trivia
 from xylem.data.config import DataConfig
 from xylem.data.examples import source_and_target
 from xylem.data.listed import Listed, all_of, held_out, listed
@@ -30,6 +34,13 @@ from xylem.errors import ConfigError
 
 Message = Mapping[str, str]
 FORMS = 'each line has "messages", or "instruction" and "output", or "prompt" and "completion"'
+
+
+# Sets by name: what reads their conversations, split by split, given the cache's folder.
+NAMED: dict[str, Callable[[str | None], dict[str, list[Any]]]] = {
+    trivia.TRIVIA: trivia.load,
+    **{name: partial(domains.load, name) for name in domains.DOMAINS},
+}
 
 
 class Example(NamedTuple):
@@ -165,7 +176,7 @@ def pairs(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Pair]:
 
 def prepare(config: DataConfig, tokenizer: Tokenizer) -> Listed:
     """The conversations of ``config.corpus``, encoded and packed; ``config.validation``, or the last of them, held out
-    (``trivia`` has held-out ones of its own).
+    (``NAMED`` sets have held-out ones of their own).
 
     Raises:
         ConfigError: a file that cannot be read, a line that is no conversation, or no answer that fits into a row.
@@ -221,9 +232,10 @@ def _prepared(config: DataConfig, tokenizer: Tokenizer, make: Any, *kind: str) -
 
 def _splits(config: DataConfig) -> tuple[dict[str, list[Any]], list[str]]:
     """The conversations by split, and what changes when they do."""
-    if config.corpus != trivia.TRIVIA:
-        return held_out(config, _read, [trivia.TRIVIA])
-    splits, hashes = trivia.load(config.cache_dir), [trivia.SHA256]
+    if config.corpus not in NAMED:
+        return held_out(config, _read, list(NAMED))
+    splits = NAMED[config.corpus](config.cache_dir)
+    hashes = [hashlib.sha256(json.dumps(splits).encode()).hexdigest()]
     if config.validation is not None:
         splits["validation"], more = all_of("data.validation", config.validation, _read)
         hashes += more

@@ -1,7 +1,7 @@
 """Labelled texts: JSONL files of ``{"text": ..., "label": ...}`` -> rows of one text each.
 
 Two texts that are judged together are ``{"text": ..., "text_pair": ...}``. Labels are names or numbers; they are
-numbered in sorted order.
+numbered in sorted order. ``trec`` names a set that is fetched (``data/trec.py``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32
 
-from xylem.data import corpora
+from xylem.data import corpora, trec
 from xylem.data.config import DataConfig
-from xylem.data.listed import Listed, held_out, listed
+from xylem.data.listed import Listed, all_of, held_out, listed
 from xylem.data.tokenizers import Tokenizer
 from xylem.errors import ConfigError
 
@@ -34,7 +34,7 @@ def prepare(
         ConfigError: a file that cannot be read, a line of another form, a label of the held-out texts that none of the
             others has, one that is not ``known``, or fewer than two labels.
     """
-    found, hashes = held_out(config, _read)
+    found, hashes = _splits(config)
     names = named({split: {label for _, _, label in texts} for split, texts in found.items()}, config, known)
     rows, counts = {}, {}
     for split, texts in found.items():
@@ -63,6 +63,17 @@ def named(labels: Mapping[str, set[str]], config: DataConfig, known: Sequence[st
             setting = "data.corpus" if split == "train" else "data.validation"
             raise ConfigError(setting, strange[0], f"the labels are {', '.join(names)}", names)
     return names
+
+
+def _splits(config: DataConfig) -> tuple[dict[str, list[tuple[str, str, str]]], list[str]]:
+    """The texts by split, and what changes when they do."""
+    if config.corpus != trec.TREC:
+        return held_out(config, _read, [trec.TREC])
+    splits, hashes = trec.load(config.cache_dir), [trec.SHA256]
+    if config.validation is not None:
+        splits["validation"], more = all_of("data.validation", config.validation, _read)
+        hashes += more
+    return splits, hashes
 
 
 def _read(path: Path, setting: str) -> list[tuple[str, str, str]]:

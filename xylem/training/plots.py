@@ -144,6 +144,50 @@ def _neighbours(rows: Sequence[Mapping[str, Any]], ratio: float = 3.0) -> list[l
     return [[row for row in rows if of(row) == number] for number in range(1, len(starts) + 1)]
 
 
+def loss_curves(curves: Mapping[str, Sequence[Sequence[float]]], png_path: str | Path) -> None:
+    """Draw validation losses as a PNG that replaces `png_path` whole: name -> points of (tokens, nats a token)."""
+    figure, axes = _figure(1)
+    scale, unit = _unit(max(tokens for points in curves.values() for tokens, _ in points), "tokens")
+    _style(axes[0], f"read ({unit})")
+    _heading(axes[0], "validation loss (nats per token)")
+    for colour, (name, points) in zip(_colours(len(curves)), curves.items(), strict=True):
+        label = f"{name} {points[-1][1]:.3f}"
+        axes[0].plot(
+            [tokens / scale for tokens, _ in points],
+            [loss for _, loss in points],
+            color=colour,
+            label=label,
+            marker=".",
+        )
+    axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
+    _save(figure, png_path)
+
+
+def matrices(panels: Mapping[str, Mapping[str, Sequence[float]]], columns: Sequence[str], png_path: str | Path) -> None:
+    """Draw tables of numbers as a PNG that replaces `png_path` whole: heading -> row -> a number a column.
+
+    A cell is the darker the larger its number is within its column.
+    """
+    figure, axes = _figure(len(panels), sharey=True)
+    for axis, (heading, rows) in zip(axes, panels.items(), strict=True):
+        _heading(axis, heading)
+        for column, numbers in enumerate(zip(*rows.values(), strict=True)):
+            low, spread = min(numbers), (max(numbers) - min(numbers)) or 1.0
+            for row, number in enumerate(numbers):
+                depth = (number - low) / spread
+                axis.add_patch(_cell(column, row, depth))
+                colour = "white" if depth > 0.6 else INK
+                axis.text(column, row, f"{number:.2f}", ha="center", va="center", fontsize=9, color=colour)
+        axis.set_xlim(-0.5, len(columns) - 0.5)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_xticks(range(len(columns)), columns, color=INK, fontsize=9)
+        axis.set_yticks(range(len(rows)), list(rows), color=INK, fontsize=9)
+        axis.tick_params(length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+    _save(figure, png_path)
+
+
 def smooth(values: Sequence[float | int], reach: int) -> list[float]:
     """Mean of each value and its neighbours up to `reach` away.
 
@@ -188,6 +232,14 @@ def _colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.85 * i / max(1, count - 1)) for i in range(count)]
+
+
+def _cell(column: int, row: int, depth: float) -> Any:
+    """A square of a table, from pale to dark."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colormaps["Blues"](0.1 + 0.75 * depth))
 
 
 def _bars(axis: Any, values: Mapping[str, float], colours: Sequence[Any], heading: str) -> None:

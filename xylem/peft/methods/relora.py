@@ -36,11 +36,10 @@ def graft(params: Tree, key: PRNGKeyArray, config: ReLoRAConfig) -> Tree:
 
 def trainable(params: Tree, config: ReLoRAConfig) -> Predicate:
     """A and B, and all that is no target where ``others`` learn."""
-    pairs = lora.trainable(params, config)
     if config.others == "frozen":
-        return pairs
-    targets = tuple(f"{path}/" for path in matrices(params, config.targets))
-    return lambda path, weight: pairs(path, weight) or not path.startswith(targets)
+        return lora.trainable(params, config)
+    # By the path alone: of a tree read from a file, whose leaves are dictionaries, as of one with leaves.
+    return lambda path, _: not path.endswith(("kernel/base", "kernel/scale", "embedding/base", "embedding/scale"))
 
 
 def saved(params: Tree, config: ReLoRAConfig) -> Predicate:
