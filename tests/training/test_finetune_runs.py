@@ -270,6 +270,7 @@ def test_a_second_task_stays_away_from_the_first(base, files, folder, tmp_path):
         row = json.loads((Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()[0])
         born = METHODS["olora"].graft(model.params, jax.random.split(jax.random.key(config.seed))[0], method)
         assert row["loss"] - row["nll"] == pytest.approx(weight * float(continual.overlap(born)), rel=1e-3, abs=1e-5)
+    print(f"overlap with the first task by the weight of the penalty: {overlaps}")
     assert overlaps[0.5] < 0.9 * overlaps[0.0]
     with pytest.raises(ConfigError, match=r"method\.targets: .* earlier task"):
         config, model = run(base, files, folder, method=peft.OLoRAConfig(rank=3), run_dir=str(tmp_path / "third"))
