@@ -304,7 +304,7 @@ def timed(parsed: Arguments, name: str, model: Any) -> dict[str, Any]:
     config = run_of(parsed, name, model)
     data, mesh, seconds = conversations.prepare(config.data, model.tokenizer), make_mesh(data=1), []
     with jax.set_mesh(mesh):
-        program = assemble(config, mesh, start_of(config, model.params, 0))
+        program = assemble(config, mesh, start_of(config, model.params, data))
         state, batches = program.start(), pipeline.TrainIterator(data, config.batch_size, config.seed)
         for _ in range(WARM + TIMED):
             begun, batch = time.perf_counter(), next(batches)
