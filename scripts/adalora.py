@@ -124,46 +124,26 @@ def trained(parsed: Arguments, arm: Arm, seed: int, model: Any) -> bool:
     summary = finetune(config, model.params, model.tokenizer, sys.argv)
     if summary["step"] < parsed.steps:
         return False
-    found = {"loss": summary["validation_loss"], **judged(config, model)}
+    found = {"loss": summary["validation_loss"], **judged(config)}
     print(f"right {found['accuracy']:.1%}, {found['parameters']:,} parameters")
     write_whole(result_of(parsed, arm, seed), json.dumps(found, indent=2) + "\n")
     return True
 
 
-def judged(config: FinetuneConfig, model: Any) -> dict[str, float]:
+def judged(config: FinetuneConfig) -> dict[str, float]:
     """The share of held-out questions whose kind a run tells right, and how many numbers of its adapter count.
 
     Of AdaLoRA those count that belong to a value which stayed: the others add nothing and need not be kept.
     """
-    import jax
-    import numpy as np
-
-    from xylem.data import labelled
-    from xylem.data.pipeline import eval_batches
-    from xylem.models import heads
     from xylem.peft import saving
-    from xylem.peft.merging import merge
     from xylem.training.checkpoint import load_params
-    from xylem.training.finetune import start_of
-    from xylem.training.objectives import forward
+    from xylem.training.evaluate import evaluate, measured
+    from xylem.training.restore import open_any
 
-    types = "present" if model.module.config.embedding.token_types == 2 else "absent"
-    data, labels = labelled.prepare(config.data, model.tokenizer, types)
+    model = open_any(config.run_dir, "float32", measured)
+    found = evaluate(model, model.data, "validation", 50, None)
     learned, _ = load_params(config.run_dir, entries=("trainable",))
-    begun = start_of(config, model.params, len(labels)).params(model.module, jax.random.key(0), model.params)
-    params = merge(saving.placed(begun, saving.arrays(learned)))
-
-    @jax.jit
-    def told(batch: Any) -> Any:
-        return heads.classify(params, forward(model.module, params, batch, None), batch["segments"]).argmax(-1)
-
-    right = 0
-    for batch in eval_batches(data, "validation", 50):
-        right += int(((np.asarray(told(batch)) == batch["labels"]) & (batch["weights"] > 0)).sum())
-    return {
-        "accuracy": right / data.counts["validation"]["documents"],
-        "parameters": parameters(saving.arrays(learned)),
-    }
+    return {"accuracy": found["accuracy"], "parameters": parameters(saving.arrays(learned))}
 
 
 def parameters(learned: dict[str, Any]) -> int:
