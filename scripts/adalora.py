@@ -2,7 +2,7 @@
 
     python scripts/adalora.py --run-dir runs/adalora
 
-all-MiniLM-L6-v2 learns which of 47 kinds a question of TREC is (xylem/data/trec.py), with ``--rank`` columns and rows
+all-MiniLM-L6-v2 learns which of six kinds a question of TREC is (xylem/data/trec.py), with ``--rank`` columns and rows
 beside every matrix in its layers (LoRA), or with more of them at first and so many on average in the end (AdaLoRA
 2303.10512, section 4: the budget is that of the end). A seed draws adapters, head and batches, for both the same. Each
 run has a folder below --run-dir; what is done is not done again; stopped, the same command goes on.
@@ -34,8 +34,10 @@ class Arguments:
         seeds: one run of each arm for each.
         rank: of LoRA; and AdaLoRA's in the end, on average.
         first: AdaLoRA's at first (1.5 times the budget in 2303.10512, section 4).
-        rate: AdamW's peak for LoRA.
-        adaptive_rate: for AdaLoRA.
+        scale: what LoRA's product is multiplied by.
+        adaptive_scale: what AdaLoRA's is: its columns and rows are held at length 1, so that its values alone, which
+            begin at zero and move by the rate each step, make it as long as LoRA's B becomes.
+        rate: AdamW's peak.
         steps: of each run.
         batch_size: questions a step.
         sequence_length: tokens of a question that are read.
@@ -47,11 +49,12 @@ class Arguments:
     seeds: tuple[int, ...] = field(default=(0, 1, 2, 3, 4))
     rank: int = 2
     first: int = 3
-    rate: float = 3e-3
-    adaptive_rate: float = 1e-2
-    steps: int = 300
+    scale: float = 2.0
+    adaptive_scale: float = 64.0
+    rate: float = 5e-3
+    steps: int = 150
     batch_size: int = 16
-    sequence_length: int = 24
+    sequence_length: int = 20
     run_dir: str = "runs/adalora"
 
 
@@ -90,14 +93,14 @@ def run_of(parsed: Arguments, arm: Arm, seed: int, model: Any) -> FinetuneConfig
     from xylem.training.finetune_config import FinetuneConfig
     from xylem.training.objective_config import ObjectiveConfig
 
-    method, rate = {
-        "lora": (LoRAConfig(rank=parsed.rank, alpha=2.0 * parsed.rank), parsed.rate),
-        "adalora": (AdaLoRAConfig(parsed.first, parsed.rank, alpha=2.0 * parsed.first), parsed.adaptive_rate),
+    method = {
+        "lora": LoRAConfig(rank=parsed.rank, alpha=parsed.scale * parsed.rank),
+        "adalora": AdaLoRAConfig(parsed.first, parsed.rank, alpha=parsed.adaptive_scale * parsed.first),
     }[arm]
     return FinetuneConfig(
         model=model.module.config,
         data=DataConfig(TREC, tokenizer=model.data.tokenizer, sequence_length=parsed.sequence_length),
-        optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=min(30, parsed.steps // 4), weight_decay=0.0),
+        optimizer=OptimizerConfig(learning_rate=parsed.rate, warmup_steps=min(30, parsed.steps // 4), weight_decay=0.0),
         objective=ObjectiveConfig("classification"),
         steps=parsed.steps,
         batch_size=parsed.batch_size,

