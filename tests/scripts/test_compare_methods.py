@@ -90,7 +90,8 @@ def test_what_is_there_is_shown_and_not_done_again(compare, tmp_path, capsys):
 
 
 def test_every_method_is_compared_with_settings_of_its_own(compare):
-    assert {config.name for config, _ in compare.METHODS.values()} == set(METHODS)
+    # Without earlier tasks O-LoRA is LoRA.
+    assert {config.name for config, _ in compare.METHODS.values()} == set(METHODS) - {"olora"}
     assert [*compare.METHODS, "base"] == [*(name for name in compare.NAMES if name != "base"), "base"]
     assert set(compare.TITLES) == set(compare.NAMES)
 

@@ -230,7 +230,7 @@ def beside() -> Trees:
     return Trees(
         (
             before(small, "before: a small LLaMA"),
-            after(small, "lora", peft.LoRAConfig(**low), "peft.lora, relora"),
+            after(small, "lora", peft.LoRAConfig(**low), "peft.lora, relora, olora"),
             after(small, "dora", peft.DoRAConfig(**low), "peft.dora"),
             after(small, "adalora", peft.AdaLoRAConfig(targets=ATTENTION), "peft.adalora"),
             after(small, "ia3", peft.IA3Config(), "peft.ia3"),
