@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
+    from importlib.util import find_spec
 
+    if find_spec(module := f"{__name__}.{name}") is not None:  # "from xylem.peft import config" asks here first
+        return import_module(module)
     calls = import_module("xylem.peft.calls")
     if name not in calls.__all__:
         raise AttributeError(f"module 'xylem.peft' has no attribute {name!r}")
