@@ -80,8 +80,11 @@ def test_what_is_there_is_shown_and_not_done_again(compare, tmp_path, capsys):
     assert text.startswith("before\n<!-- methods:begin -->\n| method |") and text.endswith(
         "<!-- methods:end -->\nbehind\n"
     )
-    assert "| LoRA, rank 8 | 1,234,567 | 0.001 | 4.90 | 2.00 | 1.50 | 1.50 ± 0.50 | 2.00 ± 1.00 | 2 of 2 |" in text
-    assert "| prompt tuning, 20 | 1,234,567 | 0.02 | 4.90 | 2.00 | 1.00 | 2.75 ± 0.75 | 0.75 ± 1.25 | 1 of 2 |" in text
+    assert "| LoRA, rank 8 | 1,234,567 | 0.001 | 4.90 | 2.00 | 1.50 | 1.50 ± 0.50 | 2.00 ± 1.00 | best |" in text
+    assert (
+        "| prompt tuning, 20 | 1,234,567 | 0.02 | 4.90 | 2.00 | 1.00 | 2.75 ± 0.75 | 0.75 ± 1.25 | 1.25 ± 0.25 |"
+        in text
+    )
     assert "the base, untouched | - |" in text and "old" not in text
     assert (tmp_path / "runs/methods.png").read_bytes().startswith(b"\x89PNG")
     assert "LoRA, rank 8" in capsys.readouterr().out
