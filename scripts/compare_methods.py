@@ -329,8 +329,8 @@ def spread(nll: Sequence[float], tokens: Sequence[float]) -> float:
 
 
 def figures_of(parsed: Arguments) -> list[dict[str, Any]]:
-    """What is known of each method, ready to be shown. Losses are compared answer by answer, which differ much more than
-    the methods do: gained over the base, and behind the best method."""
+    """What is known of each method, ready to be shown. Losses are compared answer by answer, for these differ much more
+    than the methods do: gained over the base, and behind the best method."""
     import statistics
 
     kept = {name: found(parsed, name, "learn") for name in names_of(parsed)}
