@@ -1,6 +1,6 @@
 """An adapter for each domain on one real model, and what they are worth on each other's, alone and composed.
 
-    python scripts/domains.py --run-dir runs/domains        # half an hour on two cores
+    python scripts/domains.py --run-dir runs/domains        # some 20 minutes of CPU time
 
 LoRA teaches SmolLM2-135M-Instruct finance, medicine and law apart (xylem/data/domains.py), each with a run folder below
 --run-dir. Then the base, each adapter and their sums, means and merges (xylem/peft/compose.py) answer the held-out

@@ -41,23 +41,23 @@ class Arguments:
         prune: see ``ReLoRAConfig``.
         batch_size: windows a step.
         rate: AdamW's peak where all weights learn.
-        low_rank_rate: its peak where pairs do; ReLoRA takes it twice as high (section 4).
+        low_rank_rate: its peak where pairs do; ReLoRA takes a higher one, too (section 4).
         points: of each curve.
         seed: of weights and batches.
         run_dir: relora.json, relora.png, and a folder a run.
     """
 
-    data: DataConfig = field(default_factory=lambda: DataConfig(sequence_length=128))
-    articles: int = 15
-    width: int = 128
-    warm: int = 150
-    steps: int = 500
+    data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer="bpe:512", sequence_length=128))
+    articles: int = 5
+    width: int = 64
+    warm: int = 200
+    steps: int = 1000
     restarts: int = 3
-    rank: int = 2
+    rank: int = 1
     prune: float = 0.99
     batch_size: int = 8
     rate: float = 2e-3
-    low_rank_rate: float = 4e-3
+    low_rank_rate: float = 6e-3
     points: int = 10
     seed: int = 0
     run_dir: str = "runs/relora"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xylem.training.plots import apart, loss_curve, smooth
+from xylem.training.plots import apart, loss_curve, loss_curves, matrices, smooth
 
 
 def log(path, steps, **columns):
@@ -71,3 +71,18 @@ def test_plots_smoothing_keeps_a_constant_and_follows_a_fall():
 def test_plots_labels_keep_their_order_and_distance():
     assert apart([2.3, 1.9, 2.29], 0.1) == pytest.approx([2.39, 1.9, 2.29])
     assert apart([1.0, 1.0, 1.0], 0.5) == [1.0, 1.5, 2.0]
+
+
+def test_plots_tables_are_darker_where_numbers_are_larger(tmp_path):
+    rows = {"one": [0.0, 3.0], "other": [1.0, 2.0]}
+    matrices({"numbers": rows}, ("a", "b"), tmp_path / "a.png")
+    image = pixels(tmp_path / "a.png").sum(-1)
+    height, width = image.shape
+    corners = [[image[int(height * y), int(width * x)] for x in (0.2, 0.95)] for y in (0.2, 0.8)]
+    assert corners[0][0] > corners[1][0] and corners[0][1] < corners[1][1], "each column by itself"
+
+
+def test_plots_curves_of_losses_end_where_they_end(tmp_path):
+    loss_curves({"one": [[0, 4.0], [2000, 3.0]], "other": [[0, 4.0], [2000, 3.5]]}, tmp_path / "a.png")
+    loss_curves({"one": [[0, 4.0], [2000, 3.0]], "other": [[0, 4.0], [2000, 3.2]]}, tmp_path / "b.png")
+    assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "b.png")).any()
