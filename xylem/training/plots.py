@@ -144,7 +144,7 @@ def _neighbours(rows: Sequence[Mapping[str, Any]], ratio: float = 3.0) -> list[l
     return [[row for row in rows if of(row) == number] for number in range(1, len(starts) + 1)]
 
 
-def loss_curves(curves: Mapping[str, Sequence[Sequence[float]]], png_path: str | Path) -> None:
+def loss_curves(curves: Mapping[str, Sequence[Sequence[float | int]]], png_path: str | Path) -> None:
     """Draw validation losses as a PNG that replaces `png_path` whole: name -> points of (tokens, nats a token)."""
     figure, axes = _figure(1)
     scale, unit = _unit(max(tokens for points in curves.values() for tokens, _ in points), "tokens")
@@ -163,7 +163,9 @@ def loss_curves(curves: Mapping[str, Sequence[Sequence[float]]], png_path: str |
     _save(figure, png_path)
 
 
-def matrices(panels: Mapping[str, Mapping[str, Sequence[float]]], columns: Sequence[str], png_path: str | Path) -> None:
+def matrices(
+    panels: Mapping[str, Mapping[str, Sequence[float | int]]], columns: Sequence[str], png_path: str | Path
+) -> None:
     """Draw tables of numbers as a PNG that replaces `png_path` whole: heading -> row -> a number a column.
 
     A cell is the darker the larger its number is within its column.
