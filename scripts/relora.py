@@ -119,7 +119,7 @@ def warm_run(parsed: Arguments) -> RunConfig:
 
     from xylem.data import pipeline
     from xylem.models.llama import llama
-    from xylem.training.config import OptimizerConfig, RunConfig
+    from xylem.training.config import MeshConfig, OptimizerConfig, RunConfig
 
     data = replace(parsed.data, validation=validation_file(parsed), text_field="text")
     width, length, tokenizer = parsed.width, parsed.data.sequence_length, pipeline.prepare(data).tokenizer
@@ -129,6 +129,7 @@ def warm_run(parsed: Arguments) -> RunConfig:
         model=model,
         data=data,
         optimizer=OptimizerConfig("adamw", parsed.rate, "constant", min(50, parsed.warm // 2), weight_decay=0.0),
+        mesh=MeshConfig(data=1),  # a small model: one device
         steps=parsed.warm,
         batch_size=parsed.batch_size,
         seed=parsed.seed,
@@ -144,7 +145,7 @@ def arm_run(parsed: Arguments, arm: str, model: Any) -> FinetuneConfig:
     import sys
 
     from xylem.peft.config import ReLoRAConfig, SelectionConfig
-    from xylem.training.config import OptimizerConfig
+    from xylem.training.config import MeshConfig, OptimizerConfig
     from xylem.training.finetune_config import FinetuneConfig
     from xylem.training.objective_config import ObjectiveConfig
 
@@ -159,6 +160,7 @@ def arm_run(parsed: Arguments, arm: str, model: Any) -> FinetuneConfig:
         data=model.data,
         optimizer=OptimizerConfig("adamw", rate, "cosine", min(50, stretch // 4), weight_decay=0.0),
         objective=ObjectiveConfig(),
+        mesh=MeshConfig(data=1),
         steps=parsed.steps,
         batch_size=parsed.batch_size,
         seed=parsed.seed + 1,  # other batches than the beginning's
