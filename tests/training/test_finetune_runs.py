@@ -301,6 +301,19 @@ def test_an_adapter_is_opened_on_its_base(base, files, folder, tmp_path):
         open_model(str(tmp_path / "adapter"))
 
 
+def test_a_base_that_is_a_run_is_cut_over_devices(base, files, folder, tmp_path):
+    losses = []
+    for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)):
+        once = {"steps": 2, "evaluate_every": 0, "save_every": 0, "run_dir": str(tmp_path / str(mesh.data))}
+        config, model = run(base, files, folder, **once)
+        config = replace(config, mesh=mesh)
+        assert finetune(config, model.params, model.tokenizer)["step"] == 2
+        rows = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+        losses.append([row["loss"] for row in map(json.loads, rows) if "loss" in row])
+    assert len(losses[0]) == 2 and losses[0][0] != losses[0][1]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
 def test_devices_without_host_memory_are_named(base, files, folder, monkeypatch):
     config, _ = run(base, files, folder)
     monkeypatch.setattr(paging, "HOST", "no_such_memory")

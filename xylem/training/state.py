@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -108,5 +109,11 @@ def abstract_state(create: Callable[..., TrainState], mesh: Mesh, *given: Any) -
 
 
 def make_state(create: Callable[..., TrainState], abstract: TrainState, *given: Any) -> TrainState:
-    """The state that ``create`` makes of ``given``, born sharded: no device ever holds more than its part."""
-    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*given)
+    """The state that ``create`` makes of ``given`` weights, born sharded: no device ever holds more than its part.
+
+    What is given may lie anywhere, as on the first device, where checkpoints are read to.
+    """
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    mesh = jax.tree.leaves(where)[0].mesh
+    placed = [jax.device_put(jax.tree.map(np.asarray, params), shardings(params, mesh)) for params in given]
+    return jax.jit(create, out_shardings=where)(*placed)
