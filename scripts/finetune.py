@@ -62,7 +62,6 @@ def named(flag: str, arguments: list[str], default: str, allowed: tuple[str, ...
 
 def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
     """The run that the flags ask for."""
-    from dataclasses import replace
     from pathlib import Path
 
     import tyro
@@ -78,7 +77,7 @@ def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
     objective, rest = named("--objective.name", arguments, next(iter(taught_by(config)), "causal_lm"), OBJECTIVES)
     length = min(512, config.max_length)
     default = FinetuneConfig(
-        model=config.with_compute(replace(config.compute, layers="auto")),
+        model=config,  # its layers scanned: unrolled, those of a deep one compile longer than a short run gains
         data=DataConfig(
             "trivia" if objective == "answers" else "wikitext2", tokenizer=model.data.tokenizer, sequence_length=length
         ),
