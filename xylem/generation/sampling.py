@@ -104,8 +104,8 @@ def _loop(
     ``limit`` tokens are written at most; there is room for ``sampling.max_new_tokens``, which is rounded up.
     """
     batch = prompts.shape[0]
-    if fused.choose(module.config.compute, jax.default_backend()).unroll:
-        params = apart(params)
+    if isinstance(params, dict) and fused.choose(module.config.compute, jax.default_backend()).unroll:
+        params = apart(params)  # an n-gram model's are no layers
     last, cache = _read(module, params, prompts, lengths, capacity)
     stop = jnp.array(sampling.stop, jnp.int32)
 
