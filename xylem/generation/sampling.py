@@ -104,8 +104,9 @@ def _loop(
     ``limit`` tokens are written at most; there is room for ``sampling.max_new_tokens``, which is rounded up.
     """
     batch = prompts.shape[0]
-    if isinstance(params, dict) and fused.choose(module.config.compute, jax.default_backend()).unroll:
-        params = apart(params)  # an n-gram model's are no layers
+    compute = getattr(module.config, "compute", None)  # an n-gram model has none, and no layers
+    if compute is not None and fused.choose(compute, jax.default_backend()).unroll:
+        params = apart(params)
     last, cache = _read(module, params, prompts, lengths, capacity)
     stop = jnp.array(sampling.stop, jnp.int32)
 
