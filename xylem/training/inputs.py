@@ -18,6 +18,7 @@ from xylem.data.paired import paired
 from xylem.data.pipeline import Prepared
 from xylem.data.tokenizers import Tokenizer
 from xylem.models.config import ModelConfig, Seq2SeqConfig, TransformerConfig
+from xylem.models.ngram import NGramConfig
 from xylem.training.config import RunConfig, special_ids
 from xylem.training.objective_config import DenoisingConfig, MaskedConfig, SampledConfig, SpanConfig
 
@@ -53,7 +54,7 @@ def objective_data(config: RunConfig, data: Prepared) -> Prepared:
 
 
 def tuning_data(
-    objective: str, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()
+    objective: str, model: ModelConfig | NGramConfig, data: DataConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()
 ) -> tuple[Prepared, list[str]] | None:
     """What an objective of fine-tuning alone reads, and the names of the labels in it; None for all other objectives.
 
@@ -69,7 +70,7 @@ def tuning_data(
     return readers[objective](data, tokenizer, token_types_of(model), labels)
 
 
-def token_types_of(model: ModelConfig) -> TokenTypes:
+def token_types_of(model: ModelConfig | NGramConfig) -> TokenTypes:
     """Whether the rows of a model that judges texts have ``token_types``."""
     typed = isinstance(model, TransformerConfig) and model.embedding.token_types == 2
     return "present" if typed else "absent"
