@@ -53,7 +53,7 @@ def test_both_arms_of_each_seed_are_judged(tmp_path, capsys):
     assert 28 * min(sizes) <= runs["adalora"][0]["parameters"] <= 28 * (max(sizes) + 1)
     capsys.readouterr()
     script("adalora")(flags)
-    assert "step" not in capsys.readouterr().out
+    assert "step 10/10" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
