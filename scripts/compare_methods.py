@@ -11,8 +11,7 @@ goes on. A step is timed apart from the run (--parts speed), which wants a machi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -21,6 +20,7 @@ import tyro
 
 from xylem.launch import launch
 from xylem.peft import config as peft
+from xylem.training.paired import loss_of, over, spread
 
 Part = Literal["learn", "speed"]
 Name = Literal[
@@ -315,19 +315,6 @@ def timed(parsed: Arguments, name: str, model: Any) -> dict[str, Any]:
     return {"seconds": seconds[WARM:]}
 
 
-def loss_of(row: Mapping[str, Any]) -> float:
-    """Nats a token of all answers together."""
-    return math.fsum(row["nll"]) / math.fsum(row["tokens"])
-
-
-def spread(nll: Sequence[float], tokens: Sequence[float]) -> float:
-    """Standard error of ``sum(nll) / sum(tokens)``, the conversations being drawn (of a ratio of two sums: Cochran,
-    Sampling Techniques, 3rd edition, equation 2.39)."""
-    count, mean = len(nll), math.fsum(nll) / math.fsum(tokens)
-    squares = math.fsum((one - mean * size) ** 2 for one, size in zip(nll, tokens, strict=True))
-    return math.sqrt(squares * count / (count - 1)) / math.fsum(tokens)
-
-
 def figures_of(parsed: Arguments) -> list[dict[str, Any]]:
     """What is known of each method, ready to be shown. Losses are compared answer by answer, for these differ much more
     than the methods do: gained over the base, and behind the best method."""
@@ -350,12 +337,6 @@ def figures_of(parsed: Arguments) -> list[dict[str, Any]]:
         made["seconds"] = statistics.median(speed["seconds"]) if speed else None
         rows.append(made)
     return rows
-
-
-def over(worse: Mapping[str, Any], better: Mapping[str, Any]) -> tuple[float, float]:
-    """By how much one loss is above another on the same answers, and the standard error of that."""
-    gains = [before - after for before, after in zip(worse["nll"], better["nll"], strict=True)]
-    return loss_of(worse) - loss_of(better), spread(gains, better["tokens"])
 
 
 HEADINGS = (

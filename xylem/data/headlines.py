@@ -85,6 +85,8 @@ PERIODS = (
 
 
 class Headline(NamedTuple):
+    """A line of news, and what it is to the shareholders."""
+
     text: str
     sentiment: Sentiment
 
