@@ -58,6 +58,7 @@ class Workload:
 
 WORKLOADS = {
     "answer": Workload("serve", 32, 32, 32),
+    "chat": Workload("serve", 32, 32, 128),
     "read": Workload("serve", 32, 128, 1),
     "tiny": Workload("tiny", 4, 8, 4),  # shows that the script works
 }
@@ -91,18 +92,19 @@ def our_step(workload: Workload, variant: str) -> Callable[[int], float]:
     from xylem.generation.sampling import Sampling, generate
     from xylem.launch import settle_jax
     from xylem.models import build
+    from xylem.models.decoding import ready
     from xylem.peft.methods import slora
 
     settle_jax()
     config = workload.config
     module, base = build(config), jax.jit(partial(ours.first_weights, config))()
     adapters = [grafted(config, base, i, rank) for i, rank in enumerate(asked(variant))]
-    pool, count = slora.stack(base, adapters) if adapters else base, len(adapters)
-    del adapters
+    pool, count = ready(config, slora.stack(base, adapters) if adapters else base), len(adapters)
+    del adapters, base
     sampling, assign = Sampling(workload.written, temperature=0.0), jax.jit(slora.assign)
 
     def step(index: int) -> float:
-        params = assign(pool, jax.numpy.asarray(drawn(workload, count, index), jax.numpy.int32)) if count else base
+        params = assign(pool, jax.numpy.asarray(drawn(workload, count, index), jax.numpy.int32)) if count else pool
         out = generate(module, params, prompts(workload, index).tolist(), sampling, jax.random.key(0))
         return float(sum(int(row[0]) for row in out.tokens))
 

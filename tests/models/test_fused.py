@@ -36,6 +36,7 @@ def cases(rng: np.random.Generator) -> dict:
             fused.low_rank_plain,
             (normal(rng, m, i), normal(rng, i, o), normal(rng, i, 3), normal(rng, 3, o)),
         ),
+        "few_rows": (fused.few_rows, fused.few_rows_plain, (normal(rng, m, i), normal(rng, o, i))),
         "add_bias": (fused.add_bias, fused.add_bias_plain, (normal(rng, m, o), normal(rng, o))),
         "layer_norm": (
             lambda *a: fused.layer_norm(*a, 1e-3),

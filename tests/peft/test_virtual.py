@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from grid import FAMILIES, VOCAB, base_of, method_of, module_of
 from operations import apart
 
@@ -69,7 +70,8 @@ def remembered(module, base, ids, batch):
         cache = module.apply({"params": base}, None, tokens, cache=cache).cache.own
     else:
         cache = module.apply({"params": base}, tokens, cache=module.init_cache(1, len(ids))).cache
-    return tuple(merge_heads(x[:, 0]) for x in (cache.key, cache.value))
+    first = lambda x, axes: merge_heads(rearrange(x[:, 0], f"{axes} -> l p k h"))  # noqa: E731
+    return first(cache.key, "l k h p"), first(cache.value, "l k p h")
 
 
 def with_prefix(params, key, value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import PRNGKeyArray
 
 from xylem.data.tokenizers import Tokenizer
 from xylem.generation.sampling import Sampling, generate
+from xylem.models.decoding import ready
 from xylem.models.language_model import LanguageModel
 from xylem.models.seq2seq import Seq2Seq
 
@@ -25,6 +27,10 @@ class Generator:
     module: LanguageModel
     params: Any
     tokenizer: Tokenizer
+
+    @cached_property
+    def _ready(self) -> Any:
+        return ready(self.module.config, self.params)
 
     def __call__(self, texts: Sequence[str], sampling: Sampling, key: PRNGKeyArray | None = None) -> list[str]:
         """The continuation of each text. The tokenizer's stop tokens always end one; ``key`` defaults to seed 0."""
@@ -42,7 +48,7 @@ class Generator:
         key, answers = jax.random.key(0) if key is None else key, isinstance(self.module, Seq2Seq)
         if answers:
             prompts = [[*prompt, self.tokenizer.end_of_text] for prompt in prompts]
-        completions = generate(self.module, self.params, prompts, replace(sampling, stop=stop), key)
+        completions = generate(self.module, self._ready, prompts, replace(sampling, stop=stop), key)
         if answers:
             return [self.tokenizer.decode(tokens) for tokens in completions.tokens]
         return [self.tokenizer.decode_after(*pair) for pair in zip(prompts, completions.tokens, strict=True)]

@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.errors import ConfigError
-from xylem.models import fused
+from xylem.models.decoding import ready, ready_cache
 from xylem.models.language_model import LanguageModel
 from xylem.models.seq2seq import Seq2Seq
-from xylem.models.stack import apart
 from xylem.models.virtual import prefix_length, prompt_of, virtual_length
 
 BUCKET = 32  # prompt lengths and budgets are rounded up to this, so that few shapes are ever compiled
@@ -104,10 +103,8 @@ def _loop(
     ``limit`` tokens are written at most; there is room for ``sampling.max_new_tokens``, which is rounded up.
     """
     batch = prompts.shape[0]
-    compute = getattr(module.config, "compute", None)  # an n-gram model has none, and no layers
-    if compute is not None and fused.choose(compute, jax.default_backend()).unroll:
-        params = apart(params)
     last, cache = _read(module, params, prompts, lengths, capacity)
+    cache = ready_cache(module.config, cache)
     stop = jnp.array(sampling.stop, jnp.int32)
 
     def unfinished(carry):
@@ -187,6 +184,7 @@ def generate(
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     rounded, capacity = replace(sampling, max_new_tokens=up(written)), up(start + written)
+    params = ready(config, params)
     out = _loop(module, params, padded, lengths, written, key, sampling=rounded, capacity=capacity)
     tokens, counts = map(np.asarray, out)
     return Completions(

@@ -69,8 +69,8 @@ def attend(
     if rng is not None and dropout > 0.0:
         keep = jax.random.bernoulli(rng, 1.0 - dropout, weights.shape)
         weights = jnp.where(keep, weights / (1.0 - dropout), 0.0)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
-    return rearrange(out, "b t k g h -> b t (k g) h")
+    out = jnp.einsum("bkgts,bskh->bkgth", weights.astype(value.dtype), value)
+    return rearrange(out, "b k g t h -> b t (k g) h")
 
 
 class Attention(nn.Module):

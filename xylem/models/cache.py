@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -21,23 +22,33 @@ from xylem.models.config import TransformerConfig
 
 
 class KVCache(struct.PyTreeNode):
-    """Keys and values of every layer in one array each; ``lengths[b]`` tokens of row b are valid."""
+    """Keys and values of every layer; ``lengths[b]`` tokens of row b are valid.
 
-    key: Float[Array, "L B S K H"] | Any
-    value: Float[Array, "L B S K H"] | Any
+    All layers in one array each, or a tuple of one a layer (``apart``). Keys lie with their tokens last and values with
+    theirs before the head's axis, as a new token's two products read them: XLA:CPU reads keys of (B, S, K, H) eight
+    times as slowly.
+    """
+
+    key: Float[Array, "L B K H S"] | Any
+    value: Float[Array, "L B K S H"] | Any
     lengths: Int[Array, "B"] | Any
 
     @classmethod
     def init(cls, config: TransformerConfig, batch: int, max_length: int, dtype: str | None = None) -> KVCache:
         """An empty cache for ``max_length`` tokens a row; ``dtype`` defaults to the compute type."""
-        shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
-        kind = jnp.dtype(dtype or config.compute.dtype)
-        return cls(key=jnp.zeros(shape, kind), value=jnp.zeros(shape, kind), lengths=jnp.zeros(batch, jnp.int32))
+        kind, first = jnp.dtype(dtype or config.compute.dtype), (config.num_layers, batch, config.num_kv_heads)
+        key = jnp.zeros((*first, config.head_dim, max_length), kind)
+        value = jnp.zeros((*first, max_length, config.head_dim), kind)
+        return cls(key=key, value=value, lengths=jnp.zeros(batch, jnp.int32))
 
     @property
     def capacity(self) -> int:
         """Tokens a row can hold."""
-        return self.key.shape[2]
+        return jax.tree.leaves(self.key)[0].shape[-1]
+
+    def apart(self) -> KVCache:
+        """The same with an array a layer, for layers whose numbers are known: one out of a stack is copied."""
+        return self.replace(key=tuple(self.key), value=tuple(self.value))
 
     def update(
         self, layer: Int[Array, ""] | int, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
@@ -47,21 +58,19 @@ class KVCache(struct.PyTreeNode):
         Tokens past the capacity are dropped: whoever sizes the cache checks the length beforehand.
         """
         batch, new = key.shape[:2]
-        rows = jnp.arange(batch)[:, None]
+        rows, every = jnp.arange(batch)[:, None], slice(None)
         slots = self.lengths[:, None] + jnp.arange(new)[None, :]
-        cache = self.replace(
-            key=self.key.at[layer, rows, slots].set(key.astype(self.key.dtype), mode="drop"),
-            value=self.value.at[layer, rows, slots].set(value.astype(self.value.dtype), mode="drop"),
-        )
-        at = lambda array: jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)  # noqa: E731
-        return cache, at(cache.key), at(cache.value)
+        keys, own_key = _write(self.key, layer, (rows, every, every, slots), key)
+        values, own_value = _write(self.value, layer, (rows, every, slots), value)
+        return self.replace(key=keys, value=values), *_by_token(own_key, own_value)
 
     def fill(self, key: Float[Array, "L P K H"], value: Float[Array, "L P K H"]) -> KVCache:
         """An empty cache with the same P keys and values at the start of every row."""
         count = key.shape[1]
+        key, value = rearrange(key, "l p k h -> l 1 k h p"), rearrange(value, "l p k h -> l 1 k p h")
         return self.replace(
-            key=self.key.at[:, :, :count].set(key[:, None].astype(self.key.dtype)),
-            value=self.value.at[:, :, :count].set(value[:, None].astype(self.value.dtype)),
+            key=self.key.at[..., :count].set(key.astype(self.key.dtype)),
+            value=self.value.at[..., :count, :].set(value.astype(self.value.dtype)),
             lengths=jnp.full_like(self.lengths, count),
         )
 
@@ -75,7 +84,7 @@ class KVCache(struct.PyTreeNode):
 
     def select(self, rows: Int[Array, "C"]) -> KVCache:
         """The cache of rows ``rows``, in that order and as often as named."""
-        return KVCache(key=self.key[:, rows], value=self.value[:, rows], lengths=self.lengths[rows])
+        return KVCache(_rows(self.key, rows), _rows(self.value, rows), self.lengths[rows])
 
 
 class Seq2SeqCache(struct.PyTreeNode):
@@ -88,8 +97,8 @@ class Seq2SeqCache(struct.PyTreeNode):
     """
 
     own: KVCache
-    memory_key: Float[Array, "L B S K H"] | Any
-    memory_value: Float[Array, "L B S K H"] | Any
+    memory_key: Float[Array, "L B K H S"] | Any
+    memory_value: Float[Array, "L B K S H"] | Any
     segments: Int[Array, "B S"] | Any
 
     @property
@@ -104,8 +113,13 @@ class Seq2SeqCache(struct.PyTreeNode):
 
     def memory(self, layer: Int[Array, ""] | int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values of the other text for one layer."""
-        at = lambda array: jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)  # noqa: E731
-        return at(self.memory_key), at(self.memory_value)
+        return _by_token(_at(self.memory_key, layer), _at(self.memory_value, layer))
+
+    def apart(self) -> Seq2SeqCache:
+        """As ``KVCache.apart``, of both."""
+        return self.replace(
+            own=self.own.apart(), memory_key=tuple(self.memory_key), memory_value=tuple(self.memory_value)
+        )
 
     def update(
         self, layer: Int[Array, ""] | int, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
@@ -124,7 +138,7 @@ class Seq2SeqCache(struct.PyTreeNode):
 
     def select(self, rows: Int[Array, "C"]) -> Seq2SeqCache:
         """The cache of rows ``rows``, in that order and as often as named."""
-        key, value = self.memory_key[:, rows], self.memory_value[:, rows]
+        key, value = _rows(self.memory_key, rows), _rows(self.memory_value, rows)
         return Seq2SeqCache(self.own.select(rows), key, value, self.segments[rows])
 
 
@@ -230,6 +244,35 @@ class TokenCache(struct.PyTreeNode):
     def select(self, rows: Int[Array, "C"]) -> TokenCache:
         """The cache of rows ``rows``, in that order and as often as named."""
         return TokenCache(self.tokens[rows], self.lengths[rows])
+
+
+Held = Array | tuple[Array, ...]  # of all layers: stacked, or one each
+
+
+def _at(held: Held, layer: Int[Array, ""] | int) -> Array:
+    """What one layer holds."""
+    return held[layer] if isinstance(held, tuple) else jax.lax.dynamic_index_in_dim(held, layer, 0, keepdims=False)
+
+
+def _write(held: Held, layer: Int[Array, ""] | int, index: tuple[Any, ...], new: Array) -> tuple[Held, Array]:
+    """Put ``new`` at ``index`` of what one layer holds; also returns that."""
+    if isinstance(held, tuple):
+        own = held[layer].at[index].set(new.astype(held[layer].dtype), mode="drop")
+        return (*held[:layer], own, *held[layer + 1 :]), own
+    held = held.at[(layer, *index)].set(new.astype(held.dtype), mode="drop")
+    return held, _at(held, layer)
+
+
+def _rows(held: Held, rows: Int[Array, "C"]) -> Held:
+    """Of every layer the rows ``rows``."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), held)
+
+
+def _by_token(
+    key: Float[Array, "B K H S"], value: Float[Array, "B K S H"]
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """A layer's keys and values in the order in which attention is written."""
+    return rearrange(key, "b k h s -> b s k h"), rearrange(value, "b k s h -> b s k h")
 
 
 AttentionCache = KVCache | Seq2SeqCache  # what attention layers are given

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from xylem.models import fused
 from xylem.models.layers import parameter
 from xylem.models.leaves import is_leaf
 from xylem.models.stack import Intervention
@@ -55,6 +57,10 @@ class LanguageModel(nn.Module):
             hidden = hidden * self.config.d_model**-0.5
         if is_leaf(weight):
             return weight.einsum(equation, hidden).astype(jnp.float32)
+        kernels = fused.choose(self.config.compute, jax.default_backend())
+        if kernels.matmul and equation == "...d,vd->...v" and hidden.dtype == weight.dtype == jnp.float32:
+            logits = fused.few_rows(hidden.reshape(-1, hidden.shape[-1]), weight)
+            return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
         # Summed and kept in float32 even where both sides are bfloat16.
         return jnp.einsum(equation, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from xylem.models import fused
@@ -144,7 +145,9 @@ class Seq2Seq(LanguageModel):
             real = jnp.pad(real, [(0, 0), (front, 0)], constant_values=1)
         front = prefix_length(decoder)
         own = KVCache.init(config, batch, max_length + front)
-        return Seq2SeqCache(own.fill(*stacked_prefix(decoder, config.head_dim)) if front else own, keys, values, real)
+        own = own.fill(*stacked_prefix(decoder, config.head_dim)) if front else own
+        keys, values = rearrange(keys, "l b s k h -> l b k h s"), rearrange(values, "l b s k h -> l b k s h")
+        return Seq2SeqCache(own, keys, values, real)
 
 
 class Side(nn.Module):

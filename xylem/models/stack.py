@@ -71,21 +71,6 @@ def run_length(run: Any) -> int:
     return jax.tree.leaves(run)[0].shape[0]
 
 
-def apart(params: Any) -> Any:
-    """The tree with a run of its own for each layer, in encoders and decoders too: the same network, to the bit.
-
-    For loops that apply unrolled layers again and again: XLA:CPU copies a layer out of its stack each time it is
-    applied, and nothing out of a run of one.
-    """
-    if not isinstance(params, dict):
-        return params
-    names = runs(params)
-    rest = {name: apart(part) for name, part in params.items() if name not in names}
-    stacks = [params[name] for name in names]
-    single = [jax.tree.map(lambda x, i=i: x[i : i + 1], stack) for stack in stacks for i in range(run_length(stack))]
-    return rest | {f"layers_{i}": one for i, one in enumerate(single)}
-
-
 def layer_runs(module: nn.Module, block: nn.Module, num_layers: int, h: Array, context: Any) -> list[Any]:
     """The runs the module's tree holds; when there is none yet, one run of freshly initialised layers.
 
@@ -137,17 +122,22 @@ def scan_layers(
         h, cache, kept = block_apply(block, layer_params, h, context, cache, layer, taps, intervene)
         return (h, cache), kept
 
-    if remat != "none":
+    if remat != "none" and cache is None:  # what is read into a cache is not learned from
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
         # Inside a scan nothing can be merged across iterations; unrolled, a barrier asks XLA to recompute all the same.
-        body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
+        unrolled = unroll or 1 in map(run_length, stacks)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=unrolled)
     carry, start, kept = (h, cache), 0, []
     for stack in stacks:
         length, once = shared or run_length(stack), None
         if shared is not None:
             once = jax.tree.map(lambda x: x if x.shape[0] == 1 else None, stack)
             stack = jax.tree.map(lambda x: None if x.shape[0] == 1 else x, stack)
-        inputs = (stack, start + jnp.arange(length))
-        carry, tapped = jax.lax.scan(partial(body, once), carry, inputs, unroll=length if unroll else 1)
+        if length == 1:  # nothing to scan, and its number is known: a cache may hold each layer apart
+            carry, tapped = body(once, carry, (jax.tree.map(lambda x: x[0], stack), start))
+            tapped = jax.tree.map(lambda x: x[None], tapped)
+        else:
+            inputs = (stack, start + jnp.arange(length))
+            carry, tapped = jax.lax.scan(partial(body, once), carry, inputs, unroll=length if unroll else 1)
         start, kept = start + length, [*kept, tapped]
     return *carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)

@@ -1,0 +1,115 @@
+"""Trees and caches laid out for decoding: the same network, whatever its weights are made of."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from grid import FAMILIES, T, base_of, method_of, module_of, moved, texts
+from operations import apart
+
+from xylem import models
+from xylem.models.cache import KVCache, Seq2SeqCache
+from xylem.models.decoding import ready, ready_cache
+from xylem.models.leaves import Transposed, is_leaf
+from xylem.models.settings import Compute
+from xylem.peft import config as configs
+from xylem.peft import tree
+
+# The same products, summed in another order.
+BAR = 1e-5
+UNROLLED = Compute(layers="unroll", kernels="fused", scan="sequential")
+METHODS = {
+    "gpt2": ("ia3", configs.IA3Config()),
+    "llama": ("lora", configs.LoRAConfig(rank=3, alpha=5.0)),
+    "t5": ("qlora", configs.QLoRAConfig(rank=3, alpha=5.0, group=32)),
+    "mamba": ("lora", configs.LoRAConfig(rank=3, alpha=5.0)),
+}
+
+
+def grafted(family: str, seed: int):
+    """A tree with moved grafts of the family's method."""
+    name, config = METHODS[family]
+    method = method_of(name)
+    params = method.graft(base_of(family, seed), jax.random.key(seed), config)
+    return moved(params, method.trainable(params, config), jax.random.key(seed + 1))
+
+
+def started(module, params, batch):
+    """An empty cache, or one that holds the source."""
+    if "decoder_tokens" in batch:
+        return module.start(params, batch["tokens"], T, batch["segments"])
+    return module.init_cache(len(batch["tokens"]), T)
+
+
+@partial(jax.jit, static_argnames="module")
+def step(module, params, cache, tokens):
+    ids = (None, tokens) if isinstance(cache, Seq2SeqCache) else (tokens,)
+    out = module.apply({"params": params}, *ids, cache=cache)
+    return out.logits, out.cache
+
+
+@pytest.mark.parametrize("family", METHODS)
+def test_a_ready_tree_and_cache_write_what_the_stacked_ones_write(family, rng_seed, proof):
+    batch, params = texts(family, rng_seed), grafted(family, rng_seed % 1000)
+    config = FAMILIES[family].with_compute(UNROLLED)
+    unrolled, tokens = models.build(config), batch.get("decoder_tokens", batch["tokens"])[:, :T]
+    laid_out = ready(config, params)
+    rows = jnp.array([2, 0, 1])
+
+    def written(module, params, lay_out=lambda cache: cache):
+        """What the network gives behind three tokens: for two together, then one after the rows have changed places."""
+        _, cache = step(module, params, lay_out(started(module, params, batch)), tokens[:, :3])
+        two, cache = step(module, params, cache, tokens[:, 3:5])
+        one, _ = step(module, params, cache.select(rows), tokens[rows, 5:6])
+        return [two, one]
+
+    expected = written(module_of(family), params)
+    error = apart(written(unrolled, laid_out, partial(ready_cache, config)), expected)
+    side = laid_out.get("decoder", laid_out)
+    wrong = {**side, "layers_0": side["layers_1"], "layers_1": side["layers_0"]}
+    wrong = {**laid_out, "decoder": wrong} if "decoder" in laid_out else wrong
+    assert apart(written(unrolled, wrong, partial(ready_cache, config)), expected) > BAR
+    proof(f"decoding: layers apart, matrices transposed ({family})", "the stacked tree", error, BAR, rng_seed, "layers")
+
+
+def test_a_ready_tree_holds_each_layer_in_order_and_stays_as_it_is():
+    config, params = FAMILIES["llama"].with_compute(UNROLLED), grafted("llama", 1)
+    laid_out = ready(config, params)
+    assert [name for name in laid_out if name.startswith("layers")] == ["layers_0", "layers_1", "layers_2"]
+    for index in range(config.num_layers):
+        query, own = (tree.layer(each, index)["attention"]["query"]["kernel"] for each in (laid_out, params))
+        assert (query.base.materialize() == own.base).all() and (query.a == own.a).all()
+    kernels = jax.tree.leaves(laid_out["layers_0"], is_leaf=is_leaf)
+    assert sum(isinstance(getattr(kernel, "base", None), Transposed) for kernel in kernels) == 7
+    assert isinstance(laid_out["head"]["kernel"], Transposed)
+    again = ready(config, laid_out)
+    assert jax.tree.structure(again) == jax.tree.structure(laid_out)
+    assert all(a is b or (a == b).all() for a, b in zip(*map(jax.tree.leaves, (again, laid_out)), strict=True))
+
+
+@pytest.mark.parametrize("compute", [Compute(layers="scan"), Compute(dtype="bfloat16"), Compute(kernels="plain")])
+def test_what_was_not_measured_to_pay_stays_as_it_is(compute):
+    config, params = FAMILIES["llama"].with_compute(compute), base_of("llama", 1)
+    assert ready(config, params) is params
+    cache = KVCache.init(config, 2, 5)
+    assert ready_cache(config, cache) is cache
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [
+        ("...i,io->...o", (2, 3, 5)),
+        ("...i,io->...o", (200, 5)),
+        ("...d,dv->...v", (5,)),
+        ("...d,vd->...v", (2, 7)),
+    ],
+)
+def test_a_transposed_matrix_is_the_matrix(equation, shape, rng_seed):
+    keys = jax.random.split(jax.random.key(rng_seed), 2)
+    weight, x = jax.random.normal(keys[0], (5, 7)), jax.random.normal(keys[1], shape)
+    leaf = Transposed(weight.T)
+    assert leaf.shape == weight.shape and leaf.dtype == weight.dtype
+    assert apart(leaf.einsum(equation, x), jnp.einsum(equation, x, weight)) <= 1e-6
+    assert (leaf.materialize() == weight).all() and (leaf.rebase(weight).rows == leaf.rows).all()
+    assert (leaf.take(jnp.array([[4, 0]])) == weight[jnp.array([[4, 0]])]).all()
