@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.errors import ConfigError
+from xylem.models.cache import grown
 from xylem.models.decoding import ready, ready_cache
 from xylem.models.language_model import LanguageModel
 from xylem.models.seq2seq import Seq2Seq
@@ -129,15 +130,17 @@ def _read(
     module: LanguageModel, params: Any, prompts: Int[Array, "B T"], lengths: Int[Array, "B"], capacity: int
 ) -> tuple[Array, Any]:
     """The state that the first new token is drawn from, and the cache; an encoder-decoder starts an empty target."""
-    batch = prompts.shape[0]
-    real = (jnp.arange(prompts.shape[1])[None, :] < lengths[:, None]).astype(jnp.int32)
+    batch, length = prompts.shape
+    real = (jnp.arange(length)[None, :] < lengths[:, None]).astype(jnp.int32)
     if isinstance(module, Seq2Seq):
         cache = module.start(params, prompts, capacity, real)
         prompts, lengths, real = jnp.full((batch, 1), module.config.decoder_start), jnp.ones_like(lengths), None
     else:
-        cache = module.init_cache(batch, capacity, params)
+        cache = module.init_cache(batch, length, params)
     out: Any = module.apply({"params": params}, prompts, segments=real, cache=cache)
-    return out.hidden[jnp.arange(batch), lengths - 1], out.cache  # the head sees one position a row, not the prompt
+    # What is read attends to all that its cache has room for: the room for what is written comes afterwards.
+    cache = out.cache if isinstance(module, Seq2Seq) else grown(out.cache, capacity - length)
+    return out.hidden[jnp.arange(batch), lengths - 1], cache  # the head sees one position a row, not the prompt
 
 
 def virtual_tokens(module: LanguageModel, params: Any) -> tuple[int, ...]:

@@ -46,6 +46,13 @@ class KVCache(struct.PyTreeNode):
         """Tokens a row can hold."""
         return jax.tree.leaves(self.key)[0].shape[-1]
 
+    def grow(self, tokens: int) -> KVCache:
+        """The same with room for so many more tokens a row: a prompt is read in a cache of its own size."""
+        none, more = [(0, 0)] * 3, (0, tokens)
+        return self.replace(
+            key=jnp.pad(self.key, [*none, (0, 0), more]), value=jnp.pad(self.value, [*none, more, (0, 0)])
+        )
+
     def apart(self) -> KVCache:
         """The same with an array a layer, for layers whose numbers are known: one out of a stack is copied."""
         return self.replace(key=tuple(self.key), value=tuple(self.value))
@@ -186,6 +193,10 @@ class StateCache(struct.PyTreeNode):
 
         return self.replace(states=jax.tree.map(write, self.states, trail))
 
+    def grow(self, tokens: int) -> StateCache:
+        """The same: a state has room for any number of tokens."""
+        return self
+
     def advance(self, tokens: Int[Array, "B"] | int) -> StateCache:
         """Count the ``tokens`` that every layer has just read, of all rows or of each."""
         return self.replace(lengths=self.lengths + tokens)
@@ -233,6 +244,10 @@ class TokenCache(struct.PyTreeNode):
         rows = jnp.arange(tokens.shape[0])[:, None]
         return self.replace(tokens=self.tokens.at[rows, slots].set(tokens.astype(jnp.int32), mode="drop"))
 
+    def grow(self, tokens: int) -> TokenCache:
+        """The same with room for so many more tokens a row."""
+        return self.replace(tokens=jnp.pad(self.tokens, [(0, 0), (0, tokens)]))
+
     def advance(self, tokens: Int[Array, "B"] | int) -> TokenCache:
         """Count the ``tokens`` that have just been written, of all rows or of each."""
         return self.replace(lengths=self.lengths + tokens)
@@ -244,6 +259,12 @@ class TokenCache(struct.PyTreeNode):
     def select(self, rows: Int[Array, "C"]) -> TokenCache:
         """The cache of rows ``rows``, in that order and as often as named."""
         return TokenCache(self.tokens[rows], self.lengths[rows])
+
+
+def grown(cache: Any, tokens: int) -> Any:
+    """A cache, or caches, with room for so many more tokens a row."""
+    kinds = (KVCache, StateCache, TokenCache)
+    return jax.tree.map(lambda x: x.grow(tokens), cache, is_leaf=lambda x: isinstance(x, kinds))
 
 
 Held = Array | tuple[Array, ...]  # of all layers: stacked, or one each

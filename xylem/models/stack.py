@@ -127,7 +127,8 @@ def scan_layers(
         # Inside a scan nothing can be merged across iterations; unrolled, a barrier asks XLA to recompute all the same.
         unrolled = unroll or 1 in map(run_length, stacks)
         body = jax.checkpoint(body, policy=policy, prevent_cse=unrolled)
-    carry, start, kept = (h, cache), 0, []
+    carry: Any = (h, cache)
+    start, kept = 0, []
     for stack in stacks:
         length, once = shared or run_length(stack), None
         if shared is not None:
