@@ -20,9 +20,9 @@ from xylem.peft import tree
 BAR = 1e-5
 UNROLLED = Compute(layers="unroll", kernels="fused", scan="sequential")
 METHODS = {
-    "gpt2": ("ia3", configs.IA3Config()),
+    "gpt2": ("dora", configs.DoRAConfig(rank=2, alpha=3.0)),
     "llama": ("lora", configs.LoRAConfig(rank=3, alpha=5.0)),
-    "t5": ("qlora", configs.QLoRAConfig(rank=3, alpha=5.0, group=32)),
+    "t5": ("ia3", configs.IA3Config()),
     "mamba": ("lora", configs.LoRAConfig(rank=3, alpha=5.0)),
 }
 

@@ -333,7 +333,8 @@ def test_given_embeddings_replace_the_look_up_and_the_head_is_apart(plain_case):
     out = apply(module, params, tokens)
     given = apply(module, params, jnp.zeros_like(tokens), embeddings=params["embed"]["embedding"][tokens])
     assert apart(given.logits, out.logits) <= BAR
-    assert bool((module.head(module.head_params(params), out.hidden[:, -1]) == out.logits[:, -1]).all())
+    # The same products, which XLA sums otherwise for other numbers of rows.
+    assert apart(module.head(module.head_params(params), out.hidden[:, -1]), out.logits[:, -1]) <= 1e-6
     with pytest.raises(ValueError, match="token_types"):
         apply(module, params, tokens, token_types=tokens)
 

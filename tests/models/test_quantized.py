@@ -46,7 +46,8 @@ def bitsandbytes(weight: jax.Array, kind: str, statistics: str):
     matrix = torch.from_numpy(padded).to(getattr(torch, weight.dtype.name))
     state: Any
     codes, state = bnb.quantize_4bit(matrix, quant_type=kind, compress_statistics=statistics == "double")
-    decoded = bnb.dequantize_4bit(codes, state)[:, :rows]
+    # FP4 has two zeros; whether the second one's sign is decoded depends on the machine's vector units.
+    decoded = bnb.dequantize_4bit(codes, state)[:, :rows] + 0.0
     kept = [codes.numpy(), state.absmax.numpy()]
     if statistics == "double":
         kept += [state.state2.absmax.numpy(), state.offset.numpy()]

@@ -279,8 +279,9 @@ def test_intervention_is_differentiable(case):
 def test_head_is_apart_and_equals_the_logits(case):
     _, module, params, tokens = case
     out = apply(module, params, tokens)
-    assert bool((module.head(params, out.hidden) == out.logits).all())
-    assert bool((module.head(module.head_params(params), out.hidden[:, -1]) == out.logits[:, -1]).all())
+    # The same products, which XLA sums otherwise for other numbers of rows.
+    assert apart(module.head(params, out.hidden), out.logits) <= 1e-6
+    assert apart(module.head(module.head_params(params), out.hidden[:, -1]), out.logits[:, -1]) <= 1e-6
 
 
 def test_logits_nobody_reads_cost_nothing(case):

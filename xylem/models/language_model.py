@@ -57,7 +57,7 @@ class LanguageModel(nn.Module):
             hidden = hidden * self.config.d_model**-0.5
         if is_leaf(weight):
             return weight.einsum(equation, hidden).astype(jnp.float32)
-        kernels = fused.choose(self.config.compute, jax.default_backend())
+        weight, kernels = jnp.asarray(weight), fused.choose(self.config.compute, jax.default_backend())
         if kernels.matmul and equation == "...d,vd->...v" and hidden.dtype == weight.dtype == jnp.float32:
             logits = fused.few_rows(hidden.reshape(-1, hidden.shape[-1]), weight)
             return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
