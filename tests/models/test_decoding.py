@@ -16,7 +16,8 @@ from xylem.models.settings import Compute
 from xylem.peft import config as configs
 from xylem.peft import tree
 
-# The same products, summed in another order.
+# The same products, summed in another order; T5's unscaled scores enlarge what is rounded.
+BARS = {"t5": 3e-5}
 BAR = 1e-5
 UNROLLED = Compute(layers="unroll", kernels="fused", scan="sequential")
 METHODS = {
@@ -69,8 +70,10 @@ def test_a_ready_tree_and_cache_write_what_the_stacked_ones_write(family, rng_se
     side = laid_out.get("decoder", laid_out)
     wrong = {**side, "layers_0": side["layers_1"], "layers_1": side["layers_0"]}
     wrong = {**laid_out, "decoder": wrong} if "decoder" in laid_out else wrong
-    assert apart(written(unrolled, wrong, partial(ready_cache, config)), expected) > BAR
-    proof(f"decoding: layers apart, matrices transposed ({family})", "the stacked tree", error, BAR, rng_seed, "layers")
+    bar = BARS.get(family, BAR)
+    assert apart(written(unrolled, wrong, partial(ready_cache, config)), expected) > bar
+    row = f"decoding: layers apart, matrices transposed ({family})"
+    proof(row, "the stacked tree", error, bar, rng_seed, "the first two layers exchanged")
 
 
 def test_a_ready_tree_holds_each_layer_in_order_and_stays_as_it_is():
