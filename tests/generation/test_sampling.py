@@ -41,6 +41,18 @@ def clear_of_sums(logits: np.ndarray, k: int, p: float) -> bool:
     return bool(np.abs(np.cumsum(weights) / weights.sum() - (1.0 - p)).min() > 1e-5)
 
 
+def test_an_answer_past_the_room_its_prompt_was_read_in_is_that_without_a_cache(model, rng_seed):
+    module, params = model
+    texts, written = prompts(rng_seed, [20, 26]), 20
+    assert max(map(len, texts)) + written > BUCKET  # so the cache grows, and what is written comes to lie there
+    out = generate(module, params, texts, Sampling(written, temperature=0.0), jax.random.key(0))
+    for text, tokens in zip(texts, out.tokens, strict=True):
+        ids = jnp.array([[*text, *tokens.tolist()]])
+        logits = module.apply({"params": params}, ids).logits[0, len(text) - 1 : -1]
+        chosen = logits[jnp.arange(written), tokens]
+        assert len(tokens) == written and bool((chosen >= logits.max(-1) - 1e-3).all())
+
+
 @pytest.mark.oracle
 def test_support_equals_the_reference_warpers_exactly(rng_seed, proof):
     import torch
