@@ -162,7 +162,7 @@ def loss(module: Any, params: Any, batch: dict[str, Array], rng: Any) -> Any:
     return Sums(*sums, batch["weights"].sum())
 
 
-def our_step(workload: Workload, variant: str) -> Callable[[int], float]:
+def our_step(workload: Workload, variant: str, dtype: Any) -> Callable[[int], float]:
     """``step(index) -> loss``; without BERT's second head, which nothing here trains."""
     data = batches(workload)
     for batch in data:
@@ -171,7 +171,7 @@ def our_step(workload: Workload, variant: str) -> Callable[[int], float]:
             weights, batch["labels"] = everywhere(batch, IGNORED) != IGNORED, everywhere(batch, 0)
             del batch["places"]
         batch.update({name: each.astype(np.int32) for name, each in batch.items()}, weights=weights.astype(np.float32))
-    config = workload.config.with_compute(COMPUTES[variant])
+    config = workload.config.with_compute(replace(COMPUTES[variant], dtype=dtype))
     return ours.stepper(config, loss, data, leave_out=("pooler", "pair_head"))
 
 
@@ -185,14 +185,15 @@ def their_step(kind: str, variant: str, workload: Workload, args: argparse.Names
     both = workload.targets is not None
     family = transformers.AutoModelForSeq2SeqLM if both else transformers.AutoModelForMaskedLM
     attention = "eager" if kind == "hf-eager" else "sdpa"
-    model = family.from_pretrained(args.weights, attn_implementation=attention, dtype=torch.float32).train()
+    model = family.from_pretrained(args.weights, attn_implementation=attention, dtype=torch.float32)
+    model = model.train().to(peers.device(args))
     optimizer = peers.adamw(model, fused=True)
     run = torch.compile(model) if kind == "hf-compile" else model
     data = batches(workload)
     for batch in data:
         if not both and variant != "masked":
             batch["labels"] = everywhere(batch, IGNORED)
-    tensors = [{name: torch.tensor(each) for name, each in batch.items()} for batch in data]
+    tensors = [{name: torch.tensor(each).to(model.device) for name, each in batch.items()} for batch in data]
 
     def logits(batch: dict[str, Any]) -> Any:
         if both:
@@ -204,7 +205,9 @@ def their_step(kind: str, variant: str, workload: Workload, args: argparse.Names
 
     def step(index: int) -> float:
         batch = tensors[index % len(tensors)]
-        loss = functional.cross_entropy(logits(batch).flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+        with peers.narrowed(args):
+            made = logits(batch).flatten(0, 1).float()
+        loss = functional.cross_entropy(made, batch["labels"].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -219,9 +222,9 @@ def worker(side: str, args: argparse.Namespace) -> None:
     if args.export:
         return ours.save(workload.config, args.export)
     if kind == "xylem":
-        return sides.answer(lambda: our_step(workload, variant))
+        return sides.answer(lambda: our_step(workload, variant, args.dtype))
     if kind == "probe":
-        return sides.answer(peers.probe)
+        return sides.answer(lambda: peers.probe(args))
     return sides.answer(lambda: their_step(kind, variant, workload, args))
 
 

@@ -39,11 +39,11 @@ class Workload(train_step.Workload):
 WORKLOADS = {name: Workload(**vars(train_step.WORKLOADS[name])) for name in ("llama", "tiny_llama")}
 
 
-def our_step(workload: Workload, kind: str) -> Callable[[int], float]:
+def our_step(workload: Workload, kind: str, dtype: str) -> Callable[[int], float]:
     """``step(index) -> loss`` through the public path."""
     from xylem.peft import METHODS
 
-    config = train_step.our_config(workload, "auto")
+    config = train_step.our_config(workload, "auto", dtype)
     more: dict[str, Any] = {}
     if kind == "lora":
         more = {"graft": partial(with_pairs, config), "trains": METHODS["lora"].trainable(None, None)}
@@ -60,7 +60,7 @@ def their_step(kind: str, workload: Workload, args: argparse.Namespace) -> Calla
     compiled, _, variant = kind.partition(":")
     config = train_step.our_config(workload, "auto")
     attach = partial(attached, config=config, ranks=[RANK], size=0.0) if variant == "lora" else (lambda model: model)
-    return peers.make(compiled, workload, args.weights, None, args.threads, attach)
+    return peers.make(compiled, workload, args, attach)
 
 
 def worker(side: str, args: argparse.Namespace) -> None:
@@ -69,9 +69,9 @@ def worker(side: str, args: argparse.Namespace) -> None:
     if args.export:
         return ours.save(train_step.our_config(workload, "auto"), args.export)
     if kind == "probe":
-        return sides.answer(peers.probe)
+        return sides.answer(lambda: peers.probe(args))
     if kind == "xylem":
-        return sides.answer(lambda: our_step(workload, variant))
+        return sides.answer(lambda: our_step(workload, variant, args.dtype))
     return sides.answer(lambda: their_step(side, workload, args))
 
 

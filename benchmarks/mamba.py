@@ -76,18 +76,19 @@ def our_step(config: Any, length: int) -> Callable[[int], float]:
     return lambda _: float(jax.block_until_ready(slopes(params, inputs, targets))[0])
 
 
-def mambapy_step(length: int, weights: str, threads: int) -> Callable[[int], float]:
+def mambapy_step(length: int, args: argparse.Namespace) -> Callable[[int], float]:
     """mambapy's stack and a last RMSNorm of its own, with our weights."""
     import torch
     from mambapy.mamba import Mamba, MambaConfig, RMSNorm
     from safetensors.torch import load_file
 
-    torch.set_num_threads(threads)
-    tensors = load_file(f"{weights}/model.safetensors")
+    torch.set_num_threads(args.threads)
+    tensors = load_file(f"{args.weights}/model.safetensors")
     stack, norm = Mamba(MambaConfig(d_model=WIDTH, n_layers=LAYERS)), RMSNorm(WIDTH)
     stack.load_state_dict({name.removeprefix("backbone."): x for name, x in tensors.items() if ".layers." in name})
     norm.load_state_dict({"weight": tensors["backbone.norm_f.weight"]})
-    inputs, targets = map(torch.from_numpy, data(length))
+    stack, norm = stack.to(peers.device(args)), norm.to(peers.device(args))
+    inputs, targets = (torch.from_numpy(each).to(peers.device(args)) for each in data(length))
     inputs.requires_grad_()
 
     def step(_: int) -> float:
@@ -105,9 +106,9 @@ def worker(side: str, args: argparse.Namespace) -> None:
     if args.export:
         return ours.save(our_config(kind, "auto", length), args.export)
     if kind == "probe":
-        return sides.answer(peers.probe)
+        return sides.answer(lambda: peers.probe(args))
     if kind == "mambapy":
-        return sides.answer(lambda: mambapy_step(length, args.weights, args.threads))
+        return sides.answer(lambda: mambapy_step(length, args))
     return sides.answer(lambda: our_step(our_config(kind, form or "auto", length), length))
 
 
@@ -117,11 +118,11 @@ def worker(side: str, args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace, rounds: dict[str, list[dict]]) -> None:
     """Print and write the figures of each side from its counted rounds; exits with 1 where two did not do the same."""
     steps, length, probe = args.steps_per_round, int(args.config), rounds.pop("probe")
-    peak = sides.spread([2 * steps * peers.PROBE**3 / r["seconds"] / 1e9 for r in probe[1:]])
-    print(f"\n{LAYERS} layers x {WIDTH}, batch {BATCH} x {length}; threads: {args.threads}")
+    peak = sides.spread([2 * steps * peers.PROBE[args.device] ** 3 / r["seconds"] / 1e9 for r in probe[1:]])
+    print(f"\n{LAYERS} layers x {WIDTH}, batch {BATCH} x {length}; {sides.where(args)}")
     print(f"matrix-product peak in this run: {peak[0]:.0f} ({peak[1]:.0f}-{peak[2]:.0f}) GFLOP/s\n")
     row = "{:<18} {:>22} {:>10} {:>10} {:>8}".format
-    print(row("side", "tokens/s (min-max)", "us/token", "CPU s/st", "RSS GB"))
+    print(row("side", "tokens/s (min-max)", "us/token", "CPU s/st", "peak GB"))
     figures, first = {}, rounds[args.sides[0]]
     for name, counted in rounds.items():
         speed = sides.spread([BATCH * length * steps / r["seconds"] for r in counted[1:]])
@@ -130,17 +131,17 @@ def report(args: argparse.Namespace, rounds: dict[str, list[dict]]) -> None:
         figures[name] = {
             "tokens_per_second": speed,
             "cpu_seconds_per_step": cpu,
-            "peak_rss_bytes": counted[-1]["rss"],
+            "peak_bytes": counted[-1]["memory"],
             "first_is_faster_by_round": sides.spread([b["seconds"] / a["seconds"] for a, b in pairs]),
             "norm": counted[-1]["losses"][-1],
         }
-        rate, memory = f"{speed[0]:.0f} ({speed[1]:.0f}-{speed[2]:.0f})", f"{counted[-1]['rss'] / 1e9:.2f}"
+        rate, memory = f"{speed[0]:.0f} ({speed[1]:.0f}-{speed[2]:.0f})", f"{counted[-1]['memory'] / 1e9:.2f}"
         print(row(name, rate, f"{1e6 / speed[0]:.0f}", f"{cpu:.2f}", memory))
     us = figures[args.sides[0]]
     for name, them in list(figures.items())[1:]:
         ratio = us["tokens_per_second"][0] / them["tokens_per_second"][0]
         middle, low, high = them["first_is_faster_by_round"]
-        memory = us["peak_rss_bytes"] / them["peak_rss_bytes"]
+        memory = us["peak_bytes"] / them["peak_bytes"]
         print(f"{args.sides[0]} to {name}: {ratio:.2f}x the speed by medians, {memory:.3f}x the memory")
         print(f"  round by round {middle:.2f} ({low:.2f}-{high:.2f})")
     norms = [one["norm"] for name, one in figures.items() if name != "attention"]  # which is another network
@@ -168,7 +169,7 @@ def picture(target: str, *files: str) -> None:
     axes.set_yscale("log")
     axes.set_xlabel(f"tokens a row ({BATCH} rows)")
     axes.set_ylabel("microseconds a token, forward and backward")
-    axes.set_title(f"{LAYERS} layers of width {WIDTH}, float32, two CPU threads")
+    axes.set_title(f"{LAYERS} layers of width {WIDTH}, float32")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     figure.savefig(target, dpi=120)
@@ -184,6 +185,8 @@ def main() -> None:
     sides.add_arguments(parser)
     parser.set_defaults(rounds=5, steps_per_round=1, warmup=1)
     args = parser.parse_args()
+    if args.dtype != "float32":
+        parser.error("--dtype float32: gradients are compared more closely than others allow")
     if args.worker:
         return worker(args.worker, args)
     if args.picture:

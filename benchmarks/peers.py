@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 # The optimizer all sides use; field names are those of xylem's OptimizerConfig.
 ADAMW = {"learning_rate": 3e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-PROBE = 2048  # side of the probe's square matrices
+PROBE = {"cpu": 2048, "gpu": 8192}  # side of the probe's square matrices
 
 
 def batches(vocab: int, batch: int, length: int, count: int = 4) -> list[tuple[Any, Any]]:
@@ -24,51 +25,61 @@ def batches(vocab: int, batch: int, length: int, count: int = 4) -> list[tuple[A
     return [(draw[:, :-1], draw[:, 1:]) for draw in draws]
 
 
+def device(args: argparse.Namespace) -> str:
+    """torch's name for where the sides compute."""
+    return {"cpu": "cpu", "gpu": "cuda"}[args.device]
+
+
+def narrowed(args: argparse.Namespace) -> Any:
+    """The context in which torch computes in ``args.dtype``."""
+    import torch
+
+    return torch.autocast(device(args), torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
 def make(
-    kind: str,
-    workload: Workload,
-    weights: str,
-    peer: str | None,
-    threads: int,
-    attach: Callable[[Any], Any] = lambda model: model,
+    kind: str, workload: Workload, args: argparse.Namespace, attach: Callable[[Any], Any] = lambda model: model
 ) -> Callable[[int], float]:
     """``step(i) -> loss`` of ``probe``, ``nanogpt``, ``nanogpt-fused``, ``hf`` or ``hf-compile``.
 
-    ``-fused`` takes torch's fused AdamW where nanoGPT, on a CPU, does not; Hugging Face sides always have it, and train
-    what ``attach`` makes of their model.
+    nanoGPT runs as its ``train.py`` runs it: on a GPU compiled and with torch's fused AdamW, on a CPU with neither,
+    where ``-fused`` takes that optimizer all the same. Hugging Face sides always have it, and train what ``attach``
+    makes of their model. bfloat16 is torch's autocast.
     """
     if kind == "probe":
-        return probe()
+        return probe(args)
     import torch
     from torch.nn import functional
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
+    where = device(args)
     if kind in ("nanogpt", "nanogpt-fused"):
-        if peer is None:
+        if args.peer is None:
             raise SystemExit("nanogpt needs --peer DIR, a checkout of it")
-        model, optimizer = _nanogpt(workload, weights, peer, fused=kind.endswith("fused"))
-        logits_of = None
+        model, optimizer = _nanogpt(workload, args.weights, args.peer, where, fused=kind.endswith("fused"))
+        run = torch.compile(model) if where == "cuda" else model
+        loss_of = lambda tokens, labels: run(tokens, labels)[1]  # noqa: E731
     else:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(weights, attn_implementation="sdpa", dtype=torch.float32)
-        model = attach(model).train()
+        model = AutoModelForCausalLM.from_pretrained(args.weights, attn_implementation="sdpa", dtype=torch.float32)
+        model = attach(model).train().to(where)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         optimizer = adamw(model, fused=True)
         run = torch.compile(model) if kind == "hf-compile" else model
-        logits_of = lambda tokens: run(input_ids=tokens, use_cache=False).logits  # noqa: E731
+
+        def loss_of(tokens: Any, labels: Any) -> Any:
+            logits = run(input_ids=tokens, use_cache=False).logits
+            return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
     pairs = batches(workload.vocab, workload.batch, workload.length)
-    data = [(torch.tensor(tokens), torch.tensor(labels)) for tokens, labels in pairs]
+    data = [(torch.tensor(tokens).to(where), torch.tensor(labels).to(where)) for tokens, labels in pairs]
 
     def step(index: int) -> float:
-        tokens, labels = data[index % len(data)]
-        if logits_of is None:
-            loss = model(tokens, labels)[1]
-        else:
-            loss = functional.cross_entropy(logits_of(tokens).flatten(0, 1), labels.flatten())
+        with narrowed(args):
+            loss = loss_of(*data[index % len(data)])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -77,16 +88,18 @@ def make(
     return step
 
 
-def probe() -> Callable[[int], float]:
-    """One square float32 product of NumPy's BLAS."""
+def probe(args: argparse.Namespace) -> Callable[[int], float]:
+    """One square product: of NumPy's BLAS in float32, or of torch on a GPU in ``args.dtype``."""
     import numpy as np
 
-    a, b = np.random.default_rng(0).standard_normal((2, PROBE, PROBE)).astype(np.float32)
+    size = PROBE[args.device]
+    a, b = np.random.default_rng(0).standard_normal((2, size, size), np.float32)
+    if args.device == "cpu":
+        return lambda index: float((a @ b)[0, 0])
+    import torch
 
-    def step(index: int) -> float:
-        return float((a @ b)[0, 0])
-
-    return step
+    a, b = (torch.tensor(x).to("cuda", getattr(torch, args.dtype)) for x in (a, b))
+    return lambda index: float((a @ b)[0, 0])
 
 
 def adamw(model: Any, fused: bool) -> Any:
@@ -102,7 +115,7 @@ def adamw(model: Any, fused: bool) -> Any:
     return torch.optim.AdamW(groups, lr=ADAMW["learning_rate"], betas=betas, eps=ADAMW["eps"], fused=fused)
 
 
-def _nanogpt(workload: Workload, weights: str, peer: str, fused: bool) -> tuple[Any, Any]:
+def _nanogpt(workload: Workload, weights: str, peer: str, where: str, fused: bool) -> tuple[Any, Any]:
     """nanoGPT's ``model.py`` from a checkout, and its own optimizer unless ``fused``."""
     import torch
     from safetensors.torch import load_file
@@ -128,11 +141,12 @@ def _nanogpt(workload: Workload, weights: str, peer: str, fused: bool) -> tuple[
     given["lm_head.weight"] = given["transformer.wte.weight"]
     assert given.keys() == ours.keys(), given.keys() ^ ours.keys()
     model.load_state_dict(given)
+    model.to(where)
     with torch.no_grad():
-        assert math.isfinite(model(torch.zeros(1, 2, dtype=torch.long))[0].sum().item())
+        assert math.isfinite(model(torch.zeros(1, 2, dtype=torch.long, device=where))[0].sum().item())
     if fused:
         return model, adamw(model, fused=True)
     optimizer = model.configure_optimizers(
-        ADAMW["weight_decay"], ADAMW["learning_rate"], (ADAMW["beta1"], ADAMW["beta2"]), "cpu"
+        ADAMW["weight_decay"], ADAMW["learning_rate"], (ADAMW["beta1"], ADAMW["beta2"]), where
     )
     return model, optimizer

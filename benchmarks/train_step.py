@@ -7,7 +7,8 @@
 Each side is a process of its own with the same allocator settings, threads, first weights, token batches and AdamW
 constants. The parent asks one side at a time for a round of steps, in a new order every round, so that all see the same
 machine; the others sleep meanwhile. A process that only multiplies matrices takes its turn too: the share of the peak
-is of that. float32, no dropout, no clipping. All losses are compared step by step: who computes something else shows.
+is of that. float32 unless --dtype says otherwise, no dropout, no clipping. All losses are compared step by step: who
+computes something else shows.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ WORKLOADS = {
     "gpt_char": Workload("gpt", 6, 384, 6, 6, 1536, 256, 256, 16),
     "gpt_bpe": Workload("gpt", 6, 384, 6, 6, 1536, 50304, 256, 16),
     "llama": Workload("llama", 8, 512, 8, 4, 1408, 8192, 512, 8),
+    "gpt2": Workload("gpt", 12, 768, 12, 12, 3072, 50304, 1024, 16),  # these two for GPUs
+    "llama_1b": Workload("llama", 16, 2048, 32, 8, 8192, 32000, 2048, 4),
     "tiny_gpt": Workload("gpt", 2, 32, 2, 2, 128, 96, 16, 4),  # the last two show that the script works
     "tiny_llama": Workload("llama", 2, 32, 4, 2, 48, 96, 16, 4),
 }
@@ -62,6 +65,7 @@ VARIANTS = {  # of ours: Compute.layers, Compute.kernels
     "scan": ("scan", "auto"),
     "unroll": ("unroll", "auto"),
     "plain": ("auto", "plain"),
+    "fused": ("auto", "fused"),
     "plain-scan": ("scan", "plain"),
 }
 
@@ -69,7 +73,7 @@ VARIANTS = {  # of ours: Compute.layers, Compute.kernels
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def our_config(workload: Workload, variant: str):
+def our_config(workload: Workload, variant: str, dtype: Any = "float32"):
     """The public config of the network; with the exact GELU, because nanoGPT has it."""
     from dataclasses import replace
 
@@ -82,7 +86,7 @@ def our_config(workload: Workload, variant: str):
         config = replace(gpt.gpt(w.layers, w.width, w.heads, w.vocab, w.length), activation="gelu")
     else:
         config = llama.llama(w.layers, w.width, w.heads, w.kv_heads, w.ff, w.vocab, w.length, 1e4, 1e-5)
-    return replace(config, compute=Compute(layers=layers, kernels=kernels))
+    return replace(config, compute=Compute(dtype, layers=layers, kernels=kernels))
 
 
 def our_data(workload: Workload) -> list[dict[str, Any]]:
@@ -104,9 +108,9 @@ def loss(module: Any, params: Any, batch: Any, rng: Any) -> Any:
     return causal_lm(module, ObjectiveConfig(), params, batch, rng)
 
 
-def our_step(workload: Workload, variant: str) -> Callable[[int], float]:
+def our_step(workload: Workload, variant: str, dtype: str) -> Callable[[int], float]:
     """``step(index) -> loss`` through the public path."""
-    return ours.stepper(our_config(workload, variant), loss, our_data(workload))
+    return ours.stepper(our_config(workload, variant, dtype), loss, our_data(workload))
 
 
 def worker(side: str, args: argparse.Namespace) -> None:
@@ -116,13 +120,15 @@ def worker(side: str, args: argparse.Namespace) -> None:
     if args.export:
         return ours.save(our_config(workload, variant), args.export)
     if kind == "xylem":
-        return sides.answer(lambda: our_step(workload, variant))
-    return sides.answer(lambda: peers.make(kind, workload, args.weights, args.peer, args.threads))
+        return sides.answer(lambda: our_step(workload, variant, args.dtype))
+    return sides.answer(lambda: peers.make(kind, workload, args))
 
 
 def default_sides(workload: Workload, args: argparse.Namespace) -> list[str]:
     """Ours, and the peers there are for this network."""
-    theirs = ["nanogpt", "nanogpt-fused"] if workload.family == "gpt" and args.peer else ["hf", "hf-compile"]
+    theirs = ["hf", "hf-compile"]
+    if workload.family == "gpt" and args.peer:
+        theirs = ["nanogpt"] if args.device == "gpu" else ["nanogpt", "nanogpt-fused"]
     return [f"xylem:{args.ours}" if args.ours else "xylem", *theirs]
 
 

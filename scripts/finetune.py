@@ -21,7 +21,7 @@ from xylem.launch import launch
 
 METHODS = (
     *("lora", "qlora", "dora", "adalora", "relora", "olora", "ia3", "adapter", "prompt", "prefix", "bitfit"),
-    *("selection", "child"),
+    *("state", "selection", "child"),
 )
 
 
@@ -31,10 +31,10 @@ def main(arguments: list[str]) -> None:
 
     base = next(iter(arguments), None)
     if base is None or base.startswith("-"):
-        print(__doc__)
+        print(f"usage: finetune.py BASE [--method METHOD] [flags]\n\n{__doc__}")
         print(f"methods: {', '.join(METHODS)}\nfields and defaults: finetune.py BASE --method METHOD --help")
         if base in ("-h", "--help"):
-            return
+            sys.exit(0)
         from xylem.errors import ConfigError
 
         raise ConfigError("BASE", base, "the first word is the model to begin with")

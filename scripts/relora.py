@@ -5,8 +5,8 @@
 A small LLaMA learns with all its weights for a while, as ReLoRA begins (2307.05695, section 3). From there it goes on
 three times over the same tokens: with all weights; with a low-rank pair beside each matrix of its layers (``lora``);
 and with pairs that are moved into the matrices and begun anew ``--restarts`` times (``relora``). Embeddings and norms
-learn in all three. Each is a run folder below --run-dir; what is done is not done again, and stopped, the same command
-goes on.
+learn in all three. All of it is done for each of some seeds. Each is a run folder below --run-dir; what is done is not
+done again, and stopped, the same command goes on.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Arguments:
         rate: AdamW's peak where all weights learn.
         low_rank_rate: its peak where pairs do; ReLoRA takes a higher one, too (section 4).
         points: of each curve.
-        seed: of weights and batches.
-        run_dir: relora.json, relora.png, and a folder a run.
+        seeds: of weights and batches; the three are compared seed by seed.
+        run_dir: relora.json, relora.png, and a folder a seed.
     """
 
     data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer="bpe:512", sequence_length=128))
@@ -59,7 +59,7 @@ class Arguments:
     rate: float = 2e-3
     low_rank_rate: float = 6e-3
     points: int = 10
-    seed: int = 0
+    seeds: tuple[int, ...] = field(default=(0, 1, 2, 3, 4))
     run_dir: str = "runs/relora"
 
 
@@ -75,6 +75,8 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(name, getattr(parsed, name), "it must be at least 1")
     if parsed.steps < 2 * (parsed.restarts + 1):
         raise ConfigError("steps", parsed.steps, f"at least two for each of the {parsed.restarts + 1} stretches")
+    if not parsed.seeds or len(set(parsed.seeds)) < len(parsed.seeds):
+        raise ConfigError("seeds", " ".join(map(str, parsed.seeds)), "give one or several, each once")
 
     import sys
 
@@ -83,16 +85,23 @@ def main(arguments: list[str]) -> None:
     from xylem.training.restore import open_any
 
     keep_beginning(parsed)
-    warm = warm_run(parsed)
-    print(f"\n{WARM}")
-    if pretrain(warm, sys.argv)["step"] < warm.steps:
-        return print("stopped; the same command goes on")
-    model = open_any(warm.run_dir)
-    for arm in ARMS:
-        print(f"\n{arm}")
-        if finetune(arm_run(parsed, arm, model), model.params, model.tokenizer, sys.argv)["step"] < parsed.steps:
+    for seed in parsed.seeds:
+        warm = warm_run(parsed, seed)
+        print(f"\nseed {seed}, {WARM}")
+        if pretrain(warm, sys.argv)["step"] < warm.steps:
             return print("stopped; the same command goes on")
+        model = open_any(warm.run_dir)
+        for arm in ARMS:
+            print(f"\nseed {seed}, {arm}")
+            run = arm_run(parsed, seed, arm, model)
+            if finetune(run, model.params, model.tokenizer, sys.argv)["step"] < parsed.steps:
+                return print("stopped; the same command goes on")
     return show(parsed)
+
+
+def folder_of(parsed: Arguments, seed: int, name: str) -> Path:
+    """The run folder of an arm, or of the beginning."""
+    return Path(parsed.run_dir) / f"seed-{seed}" / name
 
 
 def keep_beginning(parsed: Arguments) -> None:
@@ -113,7 +122,7 @@ def validation_file(parsed: Arguments) -> str:
     return str(Path(parsed.run_dir) / "validation.jsonl")
 
 
-def warm_run(parsed: Arguments) -> RunConfig:
+def warm_run(parsed: Arguments, seed: int) -> RunConfig:
     """The run with all weights that the three go on from; its rate stays up, as theirs begin there."""
     from dataclasses import replace
 
@@ -132,15 +141,15 @@ def warm_run(parsed: Arguments) -> RunConfig:
         mesh=MeshConfig(data=1),  # a small model: one device
         steps=parsed.warm,
         batch_size=parsed.batch_size,
-        seed=parsed.seed,
+        seed=seed,
         evaluate_every=0,
         save_every=0,
         sample_every=0,
-        run_dir=str(Path(parsed.run_dir) / WARM),
+        run_dir=str(folder_of(parsed, seed, WARM)),
     )
 
 
-def arm_run(parsed: Arguments, arm: str, model: Any) -> FinetuneConfig:
+def arm_run(parsed: Arguments, seed: int, arm: str, model: Any) -> FinetuneConfig:
     """One of the three: the same batches and the same cosine, which for ``relora`` has the teeth of its restarts."""
     import sys
 
@@ -163,44 +172,51 @@ def arm_run(parsed: Arguments, arm: str, model: Any) -> FinetuneConfig:
         mesh=MeshConfig(data=1),
         steps=parsed.steps,
         batch_size=parsed.batch_size,
-        seed=parsed.seed + 1,  # other batches than the beginning's
+        seed=seed + 1,  # other batches than the beginning's
         evaluate_every=max(1, parsed.steps // parsed.points),
         evaluate_batches=sys.maxsize,
         save_every=0,
         sample_every=0,
-        base=str(Path(parsed.run_dir) / WARM),
+        base=str(folder_of(parsed, seed, WARM)),
         method=SelectionConfig(targets=".") if arm == "full" else low,
-        run_dir=str(Path(parsed.run_dir) / arm),
+        run_dir=str(folder_of(parsed, seed, arm)),
     )
 
 
 def show(parsed: Arguments) -> None:
-    """The table and the figure of the three."""
+    """The table of the ends, what tells ``relora`` from the others, and the figure of the means."""
     import json
     from dataclasses import asdict
 
+    import numpy as np
     from rich.console import Console
     from rich.table import Table
 
     from xylem.files import write_whole
     from xylem.training.plots import loss_curves
 
-    folder = Path(parsed.run_dir)
-    tokens = parsed.batch_size * parsed.data.sequence_length
-    curves = {arm: [[step * tokens, loss] for step, loss in curve(folder / arm)] for arm in ARMS}
-    start = [[0, curve(folder / WARM)[-1][1]]]
-    curves = {arm: start + points for arm, points in curves.items()}
+    tokens, count = parsed.batch_size * parsed.data.sequence_length, len(parsed.seeds)
+    runs = {name: [curve(folder_of(parsed, seed, name)) for seed in parsed.seeds] for name in (WARM, *ARMS)}
+    start = float(np.mean([points[-1][1] for points in runs[WARM]]))
+    means = {arm: np.mean(runs[arm], axis=0).tolist() for arm in ARMS}
+    curves = {arm: [[0, start], *([round(step * tokens), loss] for step, loss in means[arm])] for arm in ARMS}
+    ends = {arm: [points[-1][1] for points in runs[arm]] for arm in ARMS}
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    table.add_column("validation loss", justify="right")
-    for arm, points in curves.items():
-        table.add_row(arm, f"{points[-1][1]:.4f}")
+    for name in ("", "validation loss", "relora's is lower by"):
+        table.add_column(name, justify="right" if name else "left")
+    for arm in ARMS:
+        lower = np.array(ends[arm]) - ends["relora"]
+        error = f" ± {lower.std(ddof=1) / count**0.5:.4f}" if count > 1 else ""
+        table.add_row(arm, f"{np.mean(ends[arm]):.4f}", "" if arm == "relora" else f"{lower.mean():.4f}{error}")
     console = Console()
-    console.print(f"\n[bold]after {parsed.steps * tokens:,} tokens from {start[0][1]:.4f}[/bold]")
+    seeds = f"{count} seed{'s' if count > 1 else ''}"
+    console.print(f"\n[bold]after {parsed.steps * tokens:,} tokens from {start:.4f}; {seeds}, standard error[/bold]")
     console.print(table)
-    write_whole(folder / "relora.json", json.dumps({"settings": asdict(parsed), "curves": curves}, indent=2) + "\n")
-    loss_curves(curves, folder / "relora.png")
-    print(f"{folder / 'relora.json'}, {folder / 'relora.png'}")
+    path, figure = Path(parsed.run_dir) / "relora.json", Path(parsed.run_dir) / "relora.png"
+    kept = {"settings": asdict(parsed), "curves": curves, "ends": ends}
+    write_whole(path, json.dumps(kept, indent=2) + "\n")
+    loss_curves(curves, figure)
+    print(f"{path}, {figure}")
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:

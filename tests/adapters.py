@@ -15,14 +15,13 @@ def learned(path, _) -> bool:
 
 @partial(jax.jit, static_argnames=("rank", "targets"))
 def _pairs(base, key, rank, targets):
-    grafted = peft.lora(base, key, rank=rank, targets=targets)
-    return partition(moved(grafted, learned, key), learned)[0]
+    return partition(peft.lora(base, key, rank=rank, targets=targets), learned)[0]
 
 
 def adapter_of(base, key, rank, targets=r"layers/.*/kernel"):
     """A LoRA of random pairs, its base the same arrays."""
-    grafted = peft.lora(base, key, rank=rank, targets=targets)
-    return combine(_pairs(base, key, rank, targets), partition(grafted, learned)[1])
+    frozen = partition(peft.lora(base, key, rank=rank, targets=targets), learned)[1]
+    return moved(combine(_pairs(base, key, rank, targets), frozen), learned, key)
 
 
 @partial(jax.jit, static_argnames="family")

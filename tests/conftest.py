@@ -1,25 +1,36 @@
 """Eight CPU devices, strict promotion, checked annotations, and the fixtures that record what tests measure."""
 
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
+import random
 import secrets
 import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of a test's time is compiling tiny programs: the last optimisations are left out (half the time, same numbers
-# within rounding). The speed of what is compiled is the benchmarks' business.
-XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS} --xla_llvm_disable_expensive_passes=true"
+PLATFORM = os.environ["JAX_PLATFORMS"] = os.environ.get("XYLEM_TEST_PLATFORM", "cpu")
+if PLATFORM == "cpu":
+    # Most of a test's time is compiling tiny programs: the last optimisations are left out (half the time, same numbers
+    # within rounding). The speed of what is compiled is the benchmarks' business.
+    XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    XLA_FLAGS += " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"  # again half the time; newer ones have no other emitter
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
+else:
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # accelerators round the factors unless told not to
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # tests run side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-# Before the first import of xylem: every annotated call is checked, in tests only.
-install_import_hook("xylem", "beartype.beartype")
+# Before the first import of xylem: every annotated call is checked, in tests only. It takes a tenth of the time, so
+# the Makefile does it once, in `make test`.
+if os.environ.get("XYLEM_CHECK_TYPES") != "no":
+    install_import_hook("xylem", "beartype.beartype")
 
 import jax
 import pytest
@@ -28,13 +39,25 @@ MANY_MAPS = 20_000
 CACHE = Path(os.environ.get("XYLEM_CACHE", Path.home() / ".cache" / "xylem"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 _proofs: list[dict] = []
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_addoption(parser) -> None:
+    parser.addoption("--one-case", action="store_true", help="run one case of each test that has several, drawn anew")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(config, items) -> None:
     """The oracles are installed on Python 3.11 (setup.py); there a missing one fails, elsewhere the reason is told."""
+    if config.getoption("--one-case"):
+        draw, cases = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")), {}  # all workers draw the same
+        for item in items:
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+        kept = {draw.choice(own) for own in cases.values()}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     if sys.version_info >= (3, 12) and importlib.util.find_spec("torch") is None:
         for item in items:
             if item.get_closest_marker("oracle"):
@@ -55,6 +78,16 @@ def few_programs():
 @pytest.fixture
 def rng_seed(request) -> int:
     """A seed drawn now and printed with a failure; XYLEM_TEST_SEED repeats one."""
+    return _seed(request)
+
+
+@pytest.fixture(scope="module")
+def module_seed(request) -> int:
+    """The same for what the tests of a file share."""
+    return _seed(request)
+
+
+def _seed(request) -> int:
     seed = int(os.environ.get("XYLEM_TEST_SEED", secrets.randbits(31)))
     print(f"XYLEM_TEST_SEED={seed} pytest '{request.node.nodeid}'")
     return seed

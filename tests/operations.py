@@ -52,3 +52,18 @@ def cross_entropy_case(rng: np.random.Generator, batch: int = 2, length: int = 1
     weights = jnp.asarray(rng.integers(0, 3, (batch, length)) / 2.0, jnp.float32)
     labels = jnp.where(weights > 0, jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32), -100)
     return params, normal(rng, batch, length, 5), labels, weights
+
+
+def scan_loop(rule: str, x, delta, A, B, C, D, start, keep, begin=0.0):
+    """The selective scan by definition, in float64 or complex128: outputs and last states.
+
+    ``start`` are the states before a row's first token, ``begin`` those before a document's (``keep`` is 0 there).
+    """
+    h, outputs = np.array(start), []
+    for t in range(x.shape[1]):
+        h = np.where(keep[:, t, None, None] > 0, h, begin)
+        exponent = delta[:, t, None, :] * A.T
+        weight = delta[:, t, None, :] if rule == "euler" else np.expm1(exponent) / A.T
+        h = np.exp(exponent) * h + weight * x[:, t, None, :] * B[:, t, :, None]
+        outputs.append(np.einsum("bz,bzi->bi", C[:, t], h) + D * x[:, t])
+    return np.stack(outputs, axis=1), h

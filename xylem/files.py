@@ -140,6 +140,12 @@ def locked(path: Path, report: Report) -> Iterator[None]:
         yield
 
 
+def check_new(field: str, folder: Path) -> None:
+    """Raise ConfigError where something stands at ``folder`` that is not an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(field, str(folder), "it must not exist yet, or be empty")
+
+
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
     """A new folder beside ``final`` that takes its place when the block ends well, and vanishes when it does not.

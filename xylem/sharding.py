@@ -51,6 +51,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (_LAYERS + r"mixer/((conv|delta|input|gate)/bias|D)", P("tensor")),
     (_LAYERS + r"mixer/(low|B|C|output)/bias", P()),
     (_LAYERS + r"mixer/A_log", P("tensor", None)),
+    (_LAYERS + r"mixer/start", P(None, "tensor")),
     (_LAYERS + r"mixer/output/kernel", P("tensor", "fsdp")),
     (_LAYERS + r"((cross_)?attention|mlp|mixer)_norm/(scale|bias)", P()),
     (_LAYERS + r"(cross_)?attention/prefix/(key|value)", P(None, "tensor")),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import init, randomise, small, small_mamba
+from small import random_weights, small, small_mamba
 
 from xylem import models
 from xylem.data import conversations, tokenizers
@@ -108,7 +108,7 @@ def test_packed_conversations_do_not_see_each_other(family, rng_seed):
     config = small_mamba() if family == "mamba" else small(family)
     module = models.build(config)
     keys = jax.random.split(jax.random.key(rng_seed))
-    params = randomise(init(module, keys[0], jnp.zeros((1, 2), jnp.int32)), keys[1])
+    params = random_weights(module, keys[1], jnp.zeros((1, 2), jnp.int32))
     examples = drawn(np.random.default_rng(rng_seed), count=6, most=9)
     loss = jax.jit(lambda batch: causal_lm(module, ObjectiveConfig(), params, batch))
 

@@ -49,9 +49,9 @@ def sentencepiece(request, tmp_path_factory):
     return tokenizers.load(folder)
 
 
-def always(token: int, tokenizer) -> Generator:
-    """A generator that writes one token for ever."""
-    config = gpt(1, 16, 2, vocab_size=tokenizer.vocab_size, max_length=64)
+def always(token: int, tokenizer, more: int = 0) -> Generator:
+    """A generator that writes one token for ever; its table has ``more`` rows than there are tokens."""
+    config = gpt(1, 16, 2, vocab_size=tokenizer.vocab_size + more, max_length=64)
     module = models.build(dataclasses.replace(config, compute=Compute(layers="scan", kernels="plain")))
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -70,6 +70,17 @@ def test_generator_continues_texts_and_stops_at_the_end_of_text():
     tokens = generate(module, params, ids, GREEDY, jax.random.key(0)).tokens
     assert texts == [tokenizer.decode(each) for each in tokens]
     assert always(tokenizer.end_of_text, tokenizer)(["ab"], GREEDY) == [""]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_of_the_table_that_are_no_token_are_never_drawn(temperature):
+    tokenizer = tokenizers.byte_level()
+    likeliest = always(tokenizer.vocab_size + 3, tokenizer, more=9)
+    (text,) = likeliest(["ab"], Sampling(5, temperature=temperature))
+    assert tokenizer.encode(text).max(initial=0) < tokenizer.vocab_size
+    prompts, free = [[1]], Sampling(5, temperature=temperature)
+    (ids,) = generate(likeliest.module, likeliest.params, prompts, free, jax.random.key(0)).tokens
+    assert (ids == tokenizer.vocab_size + 3).any(), "who asks for ids gets them all"
 
 
 def test_generator_keeps_the_space_between_prompt_and_completion(sentencepiece):

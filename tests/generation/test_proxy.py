@@ -25,11 +25,13 @@ def logits(module, params, tokens):
 
 
 @pytest.fixture(scope="module")
-def three():
+def three(module_seed):
     """A transformer and two Mambas, of one vocabulary, as one network."""
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    params = {"base": base_of("gpt2", seed), "expert": base_of("mamba", seed), "antiexpert": base_of("mamba", seed + 1)}
+    params = {
+        "base": base_of("gpt2", module_seed),
+        "expert": base_of("mamba", module_seed),
+        "antiexpert": base_of("mamba", module_seed + 1),
+    }
     return proxy.proxy(module_of("gpt2"), module_of("mamba"), module_of("mamba"), 0.7), params
 
 

@@ -9,10 +9,13 @@ import pytest
 
 from xylem import models
 from xylem.errors import ConfigError
+from xylem.generation import sampling
 from xylem.generation.sampling import BUCKET, Sampling, _loop, draw, filter_logits, generate
+from xylem.models.decoding import MANY_ROWS
 from xylem.models.gpt import gpt
 from xylem.models.llama import llama
 from xylem.models.settings import Compute
+from xylem.models.t5 import t5
 
 VOCAB = 37
 
@@ -51,6 +54,35 @@ def test_an_answer_past_the_room_its_prompt_was_read_in_is_that_without_a_cache(
         logits = module.apply({"params": params}, ids).logits[0, len(text) - 1 : -1]
         chosen = logits[jnp.arange(written), tokens]
         assert len(tokens) == written and bool((chosen >= logits.max(-1) - 1e-3).all())
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_answers_of_many_rows_in_a_cache_that_grows_on_the_way_are_those_without_one(family, rng_seed, monkeypatch):
+    if family == "t5":
+        config = t5(2, 20, 3, 7, 29, "1.1", VOCAB, 134)
+    else:
+        config = llama(2, 24, 6, 3, 29, VOCAB, 134, rope_theta=99.0, norm_eps=1e-5)
+    module = models.build(config.with_compute(Compute(layers="unroll", kernels="fused")))
+    params = jax.jit(lambda key: module.init(key, jnp.zeros((1, 2), jnp.int32))["params"])(jax.random.key(rng_seed))
+    params = jax.tree.map(lambda x: x * 3.0, params)
+    texts, written = prompts(rng_seed, [3, *[7] * (MANY_ROWS - 1), 64]), 70  # 64 needs no padding
+    rooms, grow, key = [], sampling.grown, jax.random.key(rng_seed + 1)
+    monkeypatch.setattr(sampling, "grown", lambda cache, room: rooms.append(room) or grow(cache, room))
+    noise = lambda key: jax.random.gumbel(key, (len(texts), VOCAB))  # noqa: E731
+    # Drawn by noise that is known, for likely tokens repeat themselves.
+    monkeypatch.setattr(sampling, "draw", lambda logits, _, key: jnp.argmax(logits + noise(key), axis=-1))
+    found = generate(module, params, texts, Sampling(written), key)
+    assert rooms == ([47, 48] if family == "t5" else [35, 35])
+    whole = jax.jit(lambda *ids: module.apply({"params": params}, *ids).logits)
+    noises = jax.jit(jax.vmap(lambda step: noise(jax.random.fold_in(key, step))))(jnp.arange(written))
+    for row, (text, tokens) in enumerate(zip(texts, found.tokens, strict=True)):
+        assert len(tokens) == written
+        if family == "t5":
+            logits = whole(jnp.array([text]), jnp.array([[module.config.decoder_start, *tokens[:-1].tolist()]]))[0]
+        else:
+            logits = whole(jnp.array([[*text, *tokens[:-1].tolist()]]))[0, len(text) - 1 :]
+        scores = np.asarray(logits + noises[:, row])
+        assert (scores[np.arange(written), tokens] >= scores.max(-1) - 1e-4 * np.abs(scores).max()).all()
 
 
 @pytest.mark.oracle
@@ -176,7 +208,9 @@ def test_bad_prompts_are_named(model, texts, sampling, message):
         generate(module, params, texts, Sampling(**{"max_new_tokens": 3, **sampling}), jax.random.key(0))
 
 
-@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "values", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"vocab_size": 0}]
+)
 def test_bad_sampling_values_are_named(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         Sampling(**values)

@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from small import B, T, init, randomise, small
+from small import B, T, random_weights, small
 
 from xylem import models
 
@@ -13,5 +13,5 @@ def case(request, rng_seed):
     module = models.build(config)
     keys = jax.random.split(jax.random.key(rng_seed), 3)
     tokens = jax.random.randint(keys[0], (B, T), 0, config.vocab_size)
-    params = randomise(init(module, keys[1], tokens), keys[2])
+    params = random_weights(module, keys[2], tokens)
     return config, module, params, tokens

@@ -1,5 +1,6 @@
 """Hand-written derivatives against their plain twins and under every transformation the models use."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,10 +10,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from operations import BAR, apart, cross_entropy_case, head, normal, with_gradients
 
+from xylem import models
 from xylem.models import fused, fused_attention
 from xylem.models.attention import attend
 from xylem.models.config import RopeScaling
 from xylem.models.fused_cross_entropy import cross_entropy, cross_entropy_plain
+from xylem.models.gpt import gpt
 from xylem.models.masks import Mask
 from xylem.models.positions import rope_tables, rotate
 from xylem.models.settings import Compute
@@ -37,6 +40,16 @@ def cases(rng: np.random.Generator) -> dict:
             (normal(rng, m, i), normal(rng, i, o), normal(rng, i, 3), normal(rng, 3, o)),
         ),
         "few_rows": (fused.few_rows, fused.few_rows_plain, (normal(rng, m, i), normal(rng, o, i))),
+        "wide_product": (
+            partial(fused.wide_product, transposed=False),
+            partial(fused.wide_product_plain, transposed=False),
+            (normal(rng, 3, m, i), normal(rng, i, o)),
+        ),
+        "wide_product, transposed": (
+            partial(fused.wide_product, transposed=True),
+            partial(fused.wide_product_plain, transposed=True),
+            (normal(rng, 3, m, i), normal(rng, o, i)),
+        ),
         "add_bias": (fused.add_bias, fused.add_bias_plain, (normal(rng, m, o), normal(rng, o))),
         "layer_norm": (
             lambda *a: fused.layer_norm(*a, 1e-3),
@@ -357,10 +370,27 @@ def test_choose_settles_auto_by_backend():
     assert fused.choose(Compute(), "cpu") == fused.MEASURED["cpu"]
     assert fused.choose(Compute(), "tpu") == fused.PLAIN
     assert fused.choose(Compute(kernels="plain", layers="unroll"), "cpu").unroll
-    assert not fused.choose(Compute(kernels="plain"), "cpu").attention
-    assert fused.choose(Compute(kernels="fused"), "tpu").attention
+    assert fused.choose(Compute(kernels="plain"), "cpu").attention == "plain"
+    assert fused.choose(Compute(kernels="fused"), "tpu").attention == "chunked"
+    assert fused.choose(Compute(), "gpu").attention == "cudnn" and fused.choose(Compute(), "gpu").wide_product
     assert not fused.choose(Compute(layers="scan"), "cpu").unroll
     assert not fused.choose(Compute(remat="full"), "cpu").unroll  # unrolled, recomputation saves no memory there
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_gradients_of_a_head_are_products_of_bfloat16_where_that_was_chosen(kind, rng_seed, monkeypatch):
+    config = dataclasses.replace(gpt(1, 8, 2, vocab_size=11, max_length=7), head=kind)
+    params = {"embed": {"embedding": jnp.ones((11, 8))}, "head": {"kernel": jnp.ones((8, 11))}}
+    hidden = jax.random.normal(jax.random.key(rng_seed), (2, 3, 8)).astype(jnp.bfloat16)
+
+    def products(wide: bool) -> list[set]:
+        monkeypatch.setattr(fused, "choose", lambda *_: dataclasses.replace(fused.PLAIN, wide_product=wide))
+        loss = lambda *a: jnp.sin(models.build(config).head(*a)).sum()  # noqa: E731
+        found = jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, hidden).jaxpr.eqns
+        return [{str(x.aval.dtype) for x in one.invars} for one in found if one.primitive.name == "dot_general"]
+
+    assert products(True)[-2:] == [{"bfloat16"}] * 2
+    assert {"float32"} <= set().union(*products(False)[-2:])
 
 
 def test_choice_loss_chunk_bounds_the_logits(rng_seed):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from operations import apart
-from small import B, T, apply, init, logits, randomise, small_mamba
+from small import B, T, apply, init, logits, random_weights, small_mamba
 
 from xylem import models
 from xylem.errors import ConfigError
@@ -36,7 +36,7 @@ def case(request, rng_seed):
     module = models.build(config)
     keys = jax.random.split(jax.random.key(rng_seed), 3)
     tokens = jax.random.randint(keys[0], (B, T), 0, config.vocab_size)
-    params = randomise(init(module, keys[1], tokens), keys[2])
+    params = random_weights(module, keys[2], tokens)
     # A small model hears little of its past: larger step sizes and a wider embedding make it loud.
     flat = flatten(params)
     flat["embed/embedding"] *= 5.0
@@ -50,7 +50,7 @@ def plain_case(rng_seed):
     module = models.build(config)
     keys = jax.random.split(jax.random.key(rng_seed), 3)
     tokens = jax.random.randint(keys[0], (B, T), 0, config.vocab_size)
-    return config, module, randomise(init(module, keys[1], tokens), keys[2]), tokens
+    return config, module, random_weights(module, keys[2], tokens), tokens
 
 
 # --- what it starts from ----------------------------------------------------------------------------------------------

@@ -28,10 +28,11 @@ def differ(ours: list, theirs: list) -> float:
     return float(np.mean(np.concatenate(wrong)))
 
 
-def case(rng: np.random.Generator, dtype: str = "float32") -> jax.Array:
-    """A stack of matrices of bfloat16's values, as published ones are: whatever the order, sums of few are exact."""
-    layers, rows, columns = (int(rng.integers(low, high)) for low, high in ((1, 3), (1, 260), (5, 60)))
-    weight = normal(rng, layers, rows, columns, std=0.02).astype(jnp.bfloat16).astype(dtype)
+def case(rng: np.random.Generator, dtype: str = "float32", held: str = "bfloat16") -> jax.Array:
+    """A stack of matrices, of values that ``held`` has: of bfloat16's, as published ones are, sums of few are exact
+    whatever their order."""
+    layers, rows, columns = (int(rng.integers(low, high)) for low, high in ((1, 3), (2, 260), (5, 60)))
+    weight = normal(rng, layers, rows, columns, std=0.02).astype(held).astype(dtype)
     return weight.at[0, :BLOCK, 0].set(0)
 
 
@@ -64,11 +65,13 @@ def ours(leaf: Quantized4) -> list:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("statistics", ["single", "double"])
+@pytest.mark.parametrize(
+    ("statistics", "held"), [("single", "float32"), ("single", "bfloat16"), ("double", "bfloat16")]
+)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_codes_scales_and_values_are_those_of_bitsandbytes(kind, statistics, rng_seed, proof):
+def test_codes_scales_and_values_are_those_of_bitsandbytes(kind, statistics, held, rng_seed, proof):
     rng = np.random.default_rng(rng_seed)
-    weight = case(rng, dtype=str(rng.choice(["float32", "bfloat16"])))
+    weight = case(rng, str(rng.choice(["float32", held])), held)
     assert quantize4(weight, kind, statistics).shape == weight.shape
     theirs = [bitsandbytes(matrix, kind, statistics) for matrix in weight]
     far = lambda weight: [  # noqa: E731
@@ -77,7 +80,7 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(kind, statistics, rng
     ]
     shares = far(weight)
     assert min(far(weight[:, ::-1])) > 0.01
-    row = f"{kind.upper()}, {statistics} statistics: codes, scales, values"
+    row = f"{kind.upper()}, {statistics} statistics, weights of {held}: codes, scales, values"
     proof(row, "bitsandbytes on a CPU, share that differs", max(shares), 0.0, rng_seed, "rows in reverse order")
 
 

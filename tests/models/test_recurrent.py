@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from operations import apart
-from small import B, T, apply, init, logits, randomise
+from small import B, T, apply, init, logits, random_weights
 
 from xylem.errors import ConfigError
 from xylem.generation.sampling import Sampling, generate
@@ -36,7 +36,7 @@ def case(request, rng_seed):
     module = RecurrentLM(config)
     keys = jax.random.split(jax.random.key(rng_seed), 3)
     tokens = jax.random.randint(keys[0], (B, T), 0, config.vocab_size)
-    return config, module, randomise(init(module, keys[1], tokens), keys[2]), tokens
+    return config, module, random_weights(module, keys[2], tokens), tokens
 
 
 # --- the config -------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_recurrent_layers_in_runs_taps_and_interventions(case):
 def test_recurrent_scan_unroll_and_remat_agree_with_dropout(layers, remat, rng_seed):
     config = small("lstm", dropout=0.3)
     tokens = jax.random.randint(jax.random.key(rng_seed), (B, T), 0, 31)
-    params = randomise(init(RecurrentLM(config), jax.random.key(0), tokens), jax.random.key(1))
+    params = random_weights(RecurrentLM(config), jax.random.key(rng_seed), tokens)
 
     def slopes(compute):
         module = RecurrentLM(dataclasses.replace(config, compute=compute))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from operations import apart, normal
 from oracles import error
-from small import apply, init, logits, randomise
+from small import apply, init, logits, random_weights
 from textgenrnn_files import PROMPTS, drawn, next_characters, real, softmax, write
 
 from xylem.data import tokenizers
@@ -154,7 +154,7 @@ def test_fresh_weights_and_operations_are_counted():
     first, second = 4 * 7 * (5 + 7 + 2), 4 * 7 * (7 + 7 + 2)
     assert tree.count(params) == 23 * 5 + first + second + 19 + (19 + 1) * 23
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
-    assert np.isfinite(logits(module, randomise(params, jax.random.key(1)), tokens)).all()
+    assert np.isfinite(logits(module, random_weights(module, jax.random.key(1), tokens), tokens)).all()
     with pytest.raises(ValueError, match="no token types"):
         apply(module, params, tokens, token_types=tokens)
     with pytest.raises(ValueError, match="looks them up itself"):

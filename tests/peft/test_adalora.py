@@ -1,8 +1,6 @@
 """AdaLoRA: what Hugging Face's computes from the same numbers, keeps of the same gradients, and when."""
 
 import functools
-import os
-import secrets
 import warnings
 from dataclasses import replace
 
@@ -82,18 +80,16 @@ def hand_over(params, model, into: str = "data") -> None:
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
+def theirs(tmp_path_factory, module_seed):
     """A tiny LLaMA of theirs, ours with triplets of random values, and theirs with the same."""
     from peft import get_peft_model
 
-    seed = int(os.environ.get("XYLEM_TEST_SEED", secrets.randbits(31)))
-    print(f"seed of the network: {seed}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(module_seed)
     both = pair(random_llama(rng, tied=False), tmp_path_factory.mktemp("llama"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(both.model, theirs_of(CONFIG, STEPS))
-    grafted = adalora.graft(both.params, jax.random.key(seed), CONFIG)
+    grafted = adalora.graft(both.params, jax.random.key(module_seed), CONFIG)
     learns = adalora.trainable(grafted, CONFIG)
     trainable, frozen = tree.partition(grafted, learns)
     noise = lambda x: x + jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)  # noqa: E731
@@ -113,7 +109,7 @@ def forward(module):
 
 
 @pytest.mark.oracle
-def test_adalora_gives_the_logits_gradients_and_penalty_of_hugging_face(theirs, rng_seed, proof):
+def test_adalora_gives_the_logits_gradients_and_penalty_of_hugging_face(theirs, module_seed, proof):
     import torch
 
     model, module, trainable, frozen, tokens = theirs
@@ -137,7 +133,8 @@ def test_adalora_gives_the_logits_gradients_and_penalty_of_hugging_face(theirs, 
     frozen = jax.tree_util.tree_map_with_path(lambda p, x, y: y if "scale" in str(p[-1]) else x, frozen, plain)
     (_, wrong), _ = forward(module)(trainable, frozen, jnp.asarray(tokens))
     assert apart([wrong], [out.logits.detach().numpy()]) > 1e-2
-    proof("AdaLoRA: logits, gradients, penalty", "HF peft AdaLoraModel", error, 1e-4, rng_seed, "alpha not over rank")
+    row, fault = "AdaLoRA: logits, gradients, penalty", "alpha not over rank"
+    proof(row, "HF peft AdaLoraModel", error, 1e-4, module_seed, fault)
 
 
 @pytest.mark.oracle
@@ -181,11 +178,11 @@ def our_masks(optimizer, params, gradients):
 
 
 @pytest.mark.oracle
-def test_adalora_keeps_what_hugging_face_keeps_of_the_same_gradients(theirs, rng_seed, proof, monkeypatch):
+def test_adalora_keeps_what_hugging_face_keeps_of_the_same_gradients(theirs, module_seed, proof, monkeypatch):
     from peft.tuners.adalora.layer import RankAllocator
 
     model, _, trainable, _, _ = theirs
-    rng = np.random.default_rng(rng_seed)
+    rng = np.random.default_rng(module_seed)
     config = replace(CONFIG, warmup=2 / STEPS, settle=5 / STEPS, every=2)
     draw = lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype)  # noqa: E731
     gradients = [jax.tree.map(draw, trainable) for _ in range(STEPS)]
@@ -215,11 +212,12 @@ def test_adalora_keeps_what_hugging_face_keeps_of_the_same_gradients(theirs, rng
             seen.add(int(expected.sum()))
     assert len(seen) > 4, "the masks must change"
     assert missed > 0
-    proof("AdaLoRA: values kept after each of 20 steps", "HF peft RankAllocator", off, 0, rng_seed, "sensitivity alone")
+    row, fault = "AdaLoRA: values kept after each of 20 steps", "sensitivity alone"
+    proof(row, "HF peft RankAllocator", off, 0, module_seed, fault)
 
 
 @pytest.mark.oracle
-def test_adalora_ends_with_its_budget_exactly(theirs, rng_seed):
+def test_adalora_ends_with_its_budget_exactly(theirs, module_seed):
     """A real loss, AdamW, layer by layer; and gradients of zero, of which all triplets are equal."""
     _, module, trainable, frozen, tokens = theirs
     settings = OptimizerConfig(learning_rate=0.01, schedule="constant", warmup_steps=0)

@@ -14,13 +14,11 @@ from xylem.peft import compose
 
 
 @pytest.fixture(scope="module")
-def two():
+def two(module_seed):
     """A base, what two adapters of different targets add to it, and those adapters."""
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    base, keys = base_of("llama", seed), jax.random.split(jax.random.key(seed), 2)
+    base, keys = base_of("llama", module_seed), jax.random.split(jax.random.key(module_seed), 2)
     adapters = [adapter_of(base, keys[0], 3, "query|value"), adapter_of(base, keys[1], 5, "query|mlp/up")]
-    return seed, base, adapters, [compose.difference(each, base) for each in adapters]
+    return module_seed, base, adapters, [compose.difference(each, base) for each in adapters]
 
 
 def test_a_task_vector_is_what_an_adapter_adds(two):

@@ -18,6 +18,7 @@ from xylem.peft.methods import slora
 from xylem.peft.tree import combine, partition
 
 TASKS, B, T = 3, 8, 19
+assert VOCAB >= 10 * TASKS, "ten tokens a task"
 
 
 def texts(rng, task, rows=B):
@@ -49,12 +50,10 @@ def train(trainable, frozen, tokens, steps=80, weight=0.0):
 
 
 @pytest.fixture(scope="module")
-def learned():
+def learned(module_seed):
     """A base, a plug-in a task, texts of each, and what one shared adapter loses: (after each task, on each task)."""
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng, base = np.random.default_rng(seed), base_of("llama", seed)
-    data, keys = [texts(rng, task) for task in range(TASKS)], jax.random.split(jax.random.key(seed), TASKS)
+    rng, base = np.random.default_rng(module_seed), base_of("llama", module_seed)
+    data, keys = [texts(rng, task) for task in range(TASKS)], jax.random.split(jax.random.key(module_seed), TASKS)
     before, plugins = [], []
     for key, tokens in zip(keys, data, strict=True):
         own, frozen = partition(peft.lora(base, key, rank=3), continual.newest)
@@ -65,7 +64,7 @@ def learned():
     for tokens in data:
         shared, _ = train(shared, frozen, tokens)
         losses.append([float(loss(shared, frozen, each)) for each in data])
-    return seed, base, plugins, data, before, losses
+    return module_seed, base, plugins, data, before, losses
 
 
 @jax.jit

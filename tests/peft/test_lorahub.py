@@ -18,13 +18,11 @@ TARGETS = "query|value|mlp/down"
 
 
 @pytest.fixture(scope="module")
-def five():
+def five(module_seed):
     """Five adapters of one base, and a text."""
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    base, keys = base_of("llama", seed), jax.random.split(jax.random.key(seed), 6)
+    base, keys = base_of("llama", module_seed), jax.random.split(jax.random.key(module_seed), 6)
     tokens = jax.random.randint(keys[5], (4, 7), 0, VOCAB)
-    return seed, base, [adapter_of(base, key, 3, TARGETS) for key in keys[:5]], tokens
+    return module_seed, base, [adapter_of(base, key, 3, TARGETS) for key in keys[:5]], tokens
 
 
 def test_one_weight_of_one_is_that_adapter_to_the_bit(five):

@@ -25,16 +25,14 @@ EVERYTHING = r"layers/.*/kernel|embed/"
 
 
 @pytest.fixture(scope="module")
-def many():
+def many(module_seed):
     """A base, 32 adapters of ranks 8 to 64, the pool of them, and 64 requests."""
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    base, keys = base_of("llama", seed), jax.random.split(jax.random.key(seed), ADAPTERS)
+    base, keys = base_of("llama", module_seed), jax.random.split(jax.random.key(module_seed), ADAPTERS)
     adapters = [adapter_of(base, key, RANKS[i % 4]) for i, key in enumerate(keys)]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(module_seed)
     ids = np.concatenate([rng.permutation(ADAPTERS), rng.integers(0, ADAPTERS, REQUESTS - ADAPTERS)])
     tokens = jnp.asarray(rng.integers(0, VOCAB, (REQUESTS, T)), jnp.int32)
-    return seed, base, adapters, slora.stack(base, adapters), ids, tokens
+    return module_seed, base, adapters, slora.stack(base, adapters), ids, tokens
 
 
 @jax.jit

@@ -34,6 +34,7 @@ def flags(corpus, tmp_path):
 
 
 NAMES = (
+    "finetune",
     "pretrain",
     "generate",
     "classify",
@@ -44,6 +45,7 @@ NAMES = (
     "architectures",
     "ladder",
     "compare_methods",
+    "merge",
 )
 
 

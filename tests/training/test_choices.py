@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import apply, init, randomise
+from small import apply, random_weights
 
 from xylem import models
 from xylem.data import conversations, tokenizers
@@ -46,7 +46,7 @@ def test_packed_answers_are_judged_as_each_by_itself(rng_seed, tmp_path, proof, 
     data = conversations.prepare(DataConfig(str(file), sequence_length=60, validation_fraction=0.6), plain)
     model = llama(2, 24, 6, 3, 29, vocab_size=plain.vocab_size, max_length=60, rope_theta=777.0, norm_eps=1e-4)
     module = models.build(model)
-    params = randomise(init(module, jax.random.key(rng_seed), jnp.zeros((1, 2), jnp.int32)), jax.random.key(1))
+    params = random_weights(module, jax.random.key(rng_seed), jnp.zeros((1, 2), jnp.int32))
     found = choices.judge(module, params, data, 5)
     allowed = sorted({int(plain.encode(talk[1]["content"])[0]) for talk in talks[:16]})
     loss, accuracy = one_by_one(module, params, talks[16:], plain, allowed)

@@ -1,6 +1,7 @@
 """Whole fine-tuning runs: begun with a base, resumed, opened, refused on another base."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -132,7 +133,8 @@ def test_texts_and_corpora_are_learned_by_any_method(base, files, folder, tmp_pa
         with pytest.raises(ConfigError, match="taught to judge"):
             open_model(config.run_dir)
     else:
-        assert ("sample" in summary) == (objective == "causal_lm")
+        asked = "The" if objective == "causal_lm" else r"5\+\d\n"  # the last questions are held out
+        assert re.match(asked, summary["sample"])
         assert (Path(config.run_dir) / "adapter/adapter.safetensors").is_file()
         tuned = open_model(config.run_dir)
         if objective == "answers":
@@ -158,6 +160,7 @@ def test_an_encoder_decoder_learns_to_answer(folder, tmp_path):
     config = replace(config, data=replace(config.data, sequence_length=8, validation=str(path)))
     summary = finetune(config, model.params, model.tokenizer)
     assert summary["validation_loss"] < 0.1
+    assert summary["sample"].splitlines()[0] in taught
     with pytest.raises(ConfigError, match="a decoder is wanted"):
         open_model(config.run_dir)
     tuned = open_any(config.run_dir, check=writes_texts)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import BAR, standard_errors
+from operations import apart
 
 from xylem.data import pipeline
 from xylem.errors import ConfigError
@@ -92,15 +93,18 @@ def test_decays_that_cannot_be_are_named(decay, allowed):
     assert str(caught.value).startswith(f"objective.decay: '{decay}'") and allowed in str(caught.value)
 
 
-def test_at_probability_one_it_is_teacher_forcing_to_the_bit(case):
+def test_at_probability_one_it_is_teacher_forcing(case):
+    """What is read is the text itself; two programs that read it differ by rounding alone."""
     module, params, batch, key = case
     sampled = partial(scheduled_sampling, module, ObjectiveConfig(), batch=batch, rng=key)
     forced = partial(causal_lm, module, ObjectiveConfig(), batch=batch, rng=key)
+    read = jax.jit(partial(mixed_inputs, module))(params, batch["tokens"], SEGMENTS, key, 1.0)
+    np.testing.assert_array_equal(read, batch["tokens"])
     both = jax.jit(lambda p, e: jax.value_and_grad(lambda q: sampled(params=q, epsilon=e).loss)(p))
     plain = jax.jit(jax.value_and_grad(lambda q: forced(params=q).loss))
     found, expected, mixed = both(params, 1.0), plain(params), both(params, 0.5)
-    assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
-    assert float(mixed[0]) != float(expected[0])
+    assert apart(found[0], expected[0]) <= 1e-6 and apart(found[1], expected[1], floor=1e-3) <= 1e-5
+    assert apart(mixed[1], expected[1], floor=1e-3) > 1e-3
 
 
 def test_inputs_equal_a_slow_loop_with_the_same_randomness(case, rng_seed, proof):
@@ -162,28 +166,30 @@ def test_the_gradient_is_that_of_the_words_shown(case):
     )
     assert bool((tokens != batch["tokens"]).any())
     found, expected = jax.jit(jax.grad(sampled))(params), jax.jit(jax.grad(shown))(params, tokens)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.abs(other).max()))
+    assert apart(found, expected, floor=1e-3) <= 1e-5  # a bias of keys has no gradient but rounding
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-def learned(config) -> bytes:
-    """Every bit that the last checkpoint of a run has learned."""
+def learned(config) -> list[np.ndarray]:
+    """What the last checkpoint of a run has learned."""
     params, _ = load_params(config.run_dir, entries=("trainable",))
-    return b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))
+    return [np.asarray(x) for x in jax.tree.leaves(params)]
 
 
-def test_a_run_at_probability_one_is_the_run_of_causal_lm_to_the_bit(run_of):
+def test_a_run_at_probability_one_is_the_run_of_causal_lm(run_of):
     starts = {"forced": None, "one": 1.0, "less": 0.8}
     sampled = {name: SampledConfig(decay=f"linear:{start},0,0") for name, start in starts.items() if start}
     objectives = {"forced": ObjectiveConfig()} | sampled
     configs = [run_of("gru", name, objective=objective, steps=2) for name, objective in objectives.items()]
     losses = [pretrain(config)["validation_loss"] for config in configs]
     forced, one, less = map(learned, configs)
-    assert forced == one != less
-    assert losses[0] == losses[1] != losses[2], "validation is teacher forcing"
+    moved = lambda x, y: sum(float(np.abs(a - b).sum()) for a, b in zip(x, y, strict=True))  # noqa: E731
+    # A sum: Adam moves an element by 0.01 whatever its gradient, so one that has none but rounding goes as it pleases.
+    assert moved(forced, one) < 0.01 * moved(forced, less)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6), "validation is teacher forcing"
+    assert losses[2] != pytest.approx(losses[0], rel=1e-5)
     for config, start in zip(configs, starts.values(), strict=True):
         lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line).get("epsilon") for line in lines] == [pytest.approx(start)] * 2

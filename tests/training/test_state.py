@@ -85,6 +85,7 @@ def test_every_rule_is_used_by_some_preset():
     names |= {name for preset in ("bert_base", "roberta_base") for name in flat(with_fresh_heads(preset))}
     grafts = [("llama3_2_1b", "bitfit", {"missing": "add"}), ("mamba_130m", "bitfit", {"missing": "add"})]
     grafts += [("t5_small", "prefix", {"hidden": hidden}) for hidden in (0, 8)] + [("gpt2", "prompt", {})]
+    grafts += [("mamba_130m", "state", {})]
     for preset, method, values in grafts:
         graft = partial(getattr(peft, method), **values)
         names |= set(flat(jax.eval_shape(graft, shapes(preset), jax.random.key(0))))

@@ -122,6 +122,11 @@ class Tokenizer:
         """
         return self.encode_batch([text], parse_special=parse_special)[0]
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued: behind the token that begins texts, where there is one."""
+        first = [] if self.begin_of_text is None else [self.begin_of_text]
+        return [*first, *self.encode(text).tolist()]
+
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[Int32[np.ndarray, " T"]]:
         """The ids of each text, encoded on all cores; see ``encode``."""
         pieces = [list(cut(text)) if self._breakable else [text] for text in texts]

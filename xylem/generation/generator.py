@@ -34,21 +34,24 @@ class Generator:
 
     def __call__(self, texts: Sequence[str], sampling: Sampling, key: PRNGKeyArray | None = None) -> list[str]:
         """The continuation of each text. The tokenizer's stop tokens always end one; ``key`` defaults to seed 0."""
-        first = [] if self.tokenizer.begin_of_text is None else [self.tokenizer.begin_of_text]
-        return self._continue([[*first, *self.tokenizer.encode(text).tolist()] for text in texts], sampling, key)
+        return self.continue_ids([self.tokenizer.prompt(text) for text in texts], sampling, key)
 
     def chat(self, questions: Sequence[str], sampling: Sampling, key: PRNGKeyArray | None = None) -> list[str]:
         """The answer to each question, asked as one user message through the tokenizer's chat template."""
         rendered = [self.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in questions]
         ids = [self.tokenizer.encode(text, parse_special=True).tolist() for text in rendered]
-        return self._continue(ids, sampling, key)
+        return self.continue_ids(ids, sampling, key)
 
-    def _continue(self, prompts: list[list[int]], sampling: Sampling, key: PRNGKeyArray | None) -> list[str]:
+    def continue_ids(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, key: PRNGKeyArray | None = None
+    ) -> list[str]:
+        """The continuation of each prompt that is given as ids."""
         stop = tuple(dict.fromkeys((*sampling.stop, *self.tokenizer.stop)))
+        sampling = replace(sampling, stop=stop, vocab_size=self.tokenizer.vocab_size)
         key, answers = jax.random.key(0) if key is None else key, isinstance(self.module, Seq2Seq)
         if answers:
             prompts = [[*prompt, self.tokenizer.end_of_text] for prompt in prompts]
-        completions = generate(self.module, self._ready, prompts, replace(sampling, stop=stop), key)
+        completions = generate(self.module, self._ready, prompts, sampling, key)
         if answers:
             return [self.tokenizer.decode(tokens) for tokens in completions.tokens]
         return [self.tokenizer.decode_after(*pair) for pair in zip(prompts, completions.tokens, strict=True)]

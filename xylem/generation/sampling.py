@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.errors import ConfigError
 from xylem.models.cache import grown
-from xylem.models.decoding import ready, ready_cache
+from xylem.models.decoding import ready, ready_cache, rooms_for
 from xylem.models.language_model import LanguageModel
 from xylem.models.seq2seq import Seq2Seq
 from xylem.models.virtual import prefix_length, prompt_of, virtual_length
@@ -32,6 +33,8 @@ class Sampling:
         top_k: draw among the k likeliest (ties with the k-th included); None for all.
         top_p: draw among the fewest likeliest whose probabilities reach p (1904.09751, section 3.1); None for all.
         stop: token ids that end a completion; they are not part of it.
+        vocab_size: only ids below this are drawn, for a table may have more rows than the tokenizer has tokens; None
+            for all.
     """
 
     max_new_tokens: int = 64
@@ -39,6 +42,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     stop: tuple[int, ...] = ()
+    vocab_size: int | None = None
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -49,6 +53,8 @@ class Sampling:
             raise ConfigError("top_k", self.top_k, "it must be at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError("top_p", self.top_p, "it must lie in (0, 1], or be None")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ConfigError("vocab_size", self.vocab_size, "it must be at least 1, or None")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Completions:
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits after temperature, then top-k, then top-p; tokens that cannot be drawn get minus infinity."""
+    logits = _tokens_alone(logits, sampling)
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
@@ -83,8 +90,15 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
 def draw(logits: Float[Array, "B V"], sampling: Sampling, key: PRNGKeyArray) -> Int[Array, "B"]:
     """One token a row."""
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.argmax(_tokens_alone(logits, sampling), axis=-1).astype(jnp.int32)
     return jax.random.categorical(key, filter_logits(logits, sampling), axis=-1).astype(jnp.int32)
+
+
+def _tokens_alone(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits with minus infinity for rows of the table that are no token."""
+    if sampling.vocab_size is None or sampling.vocab_size >= logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1])[None] < sampling.vocab_size, logits, -jnp.inf)
 
 
 @partial(jax.jit, static_argnames=("module", "sampling", "capacity"))
@@ -104,43 +118,52 @@ def _loop(
     ``limit`` tokens are written at most; there is room for ``sampling.max_new_tokens``, which is rounded up.
     """
     batch = prompts.shape[0]
-    last, cache = _read(module, params, prompts, lengths, capacity)
+    last, cache = _read(module, params, prompts, lengths)
     cache = ready_cache(module.config, cache)
     stop = jnp.array(sampling.stop, jnp.int32)
 
-    def unfinished(carry):
+    def unfinished(end, carry):
         step, stopped = carry[0], carry[4]
-        return (step < limit) & ~stopped.all()
+        return (step < jnp.minimum(limit, end)) & ~stopped.all()
 
-    def write(carry):
-        step, hidden, cache, tokens, stopped, counts = carry
+    def record(step, hidden, cache, tokens, stopped, counts):
+        """The next token drawn from the final state before it, and written down."""
         token = draw(module.head(params, hidden), sampling, jax.random.fold_in(key, step))
         stopped = stopped | (token[:, None] == stop[None, :]).any(-1)
-        tokens = tokens.at[:, step].set(token)
-        out: Any = module.apply({"params": params}, token[:, None], cache=cache)
-        return step + 1, out.hidden[:, 0], out.cache, tokens, stopped, counts + ~stopped
+        return step + 1, token, cache, tokens.at[:, step].set(token), stopped, counts + ~stopped
 
-    room = jnp.zeros((batch, sampling.max_new_tokens), jnp.int32)
-    start = (jnp.int32(0), last, cache, room, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
-    carry = jax.lax.while_loop(unfinished, write, start)
+    def write(carry):
+        step, token, cache, *rest = carry
+        out: Any = module.apply({"params": params}, token[:, None], cache=cache)
+        return record(step, out.hidden[:, 0], out.cache, *rest)
+
+    blank = jnp.zeros((batch, sampling.max_new_tokens), jnp.int32)
+    carry: Any = record(jnp.int32(0), last, cache, blank, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
+    read = 1 if isinstance(module, Seq2Seq) else prompts.shape[1]
+    rooms = rooms_for(module.config, cache, capacity - read)
+    ends = [1 + end for end in accumulate(rooms)]  # the last token is read by nobody
+    for room, end in zip(rooms, [*ends[:-1], sampling.max_new_tokens], strict=True):
+        step, token, cache, *rest = carry
+        carry = jax.lax.while_loop(partial(unfinished, end), write, (step, token, grown(cache, room), *rest))
     return carry[3], carry[5]
 
 
 def _read(
-    module: LanguageModel, params: Any, prompts: Int[Array, "B T"], lengths: Int[Array, "B"], capacity: int
+    module: LanguageModel, params: Any, prompts: Int[Array, "B T"], lengths: Int[Array, "B"]
 ) -> tuple[Array, Any]:
-    """The state that the first new token is drawn from, and the cache; an encoder-decoder starts an empty target."""
+    """The state that the first new token is drawn from, and a full cache; an encoder-decoder starts an empty target.
+
+    What is read attends to all that its cache has room for: the room for what is written comes afterwards.
+    """
     batch, length = prompts.shape
     real = (jnp.arange(length)[None, :] < lengths[:, None]).astype(jnp.int32)
     if isinstance(module, Seq2Seq):
-        cache = module.start(params, prompts, capacity, real)
+        cache = module.start(params, prompts, 1, real)
         prompts, lengths, real = jnp.full((batch, 1), module.config.decoder_start), jnp.ones_like(lengths), None
     else:
         cache = module.init_cache(batch, length, params)
     out: Any = module.apply({"params": params}, prompts, segments=real, cache=cache)
-    # What is read attends to all that its cache has room for: the room for what is written comes afterwards.
-    cache = out.cache if isinstance(module, Seq2Seq) else grown(out.cache, capacity - length)
-    return out.hidden[jnp.arange(batch), lengths - 1], cache  # the head sees one position a row, not the prompt
+    return out.hidden[jnp.arange(batch), lengths - 1], out.cache  # the head sees one position a row, not the prompt
 
 
 def virtual_tokens(module: LanguageModel, params: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from xylem.models import fused_attention
+from xylem.models import cudnn_attention, fused_attention
 from xylem.models.cache import AttentionCache, Seq2SeqCache
 from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice
@@ -100,8 +100,7 @@ class Attention(nn.Module):
         elif self.has_variable("params", "prefix"):
             key, value = join_prefix(self.variables["params"]["prefix"], key, value)
         rng = self.make_rng("dropout") if context.train and config.dropout > 0.0 else None
-        fast = kernels.attention and cache is None
-        out = weigh(query, key, value, context.mask, config, kernels, context.bias, rng, fast)
+        out = weigh(query, key, value, context.mask, config, kernels, context.bias, rng, cached=cache is not None)
         out = Dense(x.shape[-1], config.init.residual, config, kernels, name="output")(merge_heads(out))
         return out, cache
 
@@ -136,9 +135,8 @@ class CrossAttention(nn.Module):
         else:
             key, value = cache.memory(layer)
         rng = self.make_rng("dropout") if context.train and config.dropout > 0.0 else None
-        fast = kernels.attention and cache is None
         query = split_heads(query, config.head_dim)
-        out = weigh(query, key, value, mask, config, kernels, None, rng, fast)
+        out = weigh(query, key, value, mask, config, kernels, None, rng, cached=cache is not None)
         return Dense(x.shape[-1], config.init.residual, config, kernels, name="output")(merge_heads(out))
 
 
@@ -151,10 +149,13 @@ def weigh(
     kernels: Choice,
     bias: Float[Array, "#B N T S"] | None,
     rng: PRNGKeyArray | None,
-    fast: bool,
+    cached: bool,
 ) -> Float[Array, "B T N H"]:
-    """``attend`` as the config says, by the fast path where that is asked for and can do it; ``rng`` drops weights."""
+    """``attend`` as the config says, by a fast path where there is one that can do it; ``rng`` drops weights."""
     scale = config.head_dim**-0.5 if config.attention.scale == "head_dim" else 1.0
-    if fast and rng is None:
-        return fused_attention.attention(query, key, value, mask, scale, kernels.attention_chunk, bias)
+    if rng is None and not cached:
+        if kernels.attention == "chunked":
+            return fused_attention.attention(query, key, value, mask, scale, kernels.attention_chunk, bias)
+        if kernels.attention == "cudnn" and cudnn_attention.takes(query, key, bias):
+            return cudnn_attention.attention(query, key, value, mask, scale)
     return attend(query, key, value, mask, scale=scale, bias=bias, dropout=config.dropout, rng=rng)

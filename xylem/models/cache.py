@@ -48,9 +48,10 @@ class KVCache(struct.PyTreeNode):
 
     def grow(self, tokens: int) -> KVCache:
         """The same with room for so many more tokens a row: a prompt is read in a cache of its own size."""
-        none, more = [(0, 0)] * 3, (0, tokens)
+        widen = lambda x, after: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), *((0, more) for more in after)])  # noqa: E731
         return self.replace(
-            key=jnp.pad(self.key, [*none, (0, 0), more]), value=jnp.pad(self.value, [*none, more, (0, 0)])
+            key=jax.tree.map(lambda x: widen(x, (0, tokens)), self.key),
+            value=jax.tree.map(lambda x: widen(x, (tokens, 0)), self.value),
         )
 
     def apart(self) -> KVCache:
@@ -121,6 +122,10 @@ class Seq2SeqCache(struct.PyTreeNode):
     def memory(self, layer: Int[Array, ""] | int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values of the other text for one layer."""
         return _by_token(_at(self.memory_key, layer), _at(self.memory_value, layer))
+
+    def grow(self, tokens: int) -> Seq2SeqCache:
+        """The same with room for so many more of the decoder's tokens a row."""
+        return self.replace(own=self.own.grow(tokens))
 
     def apart(self) -> Seq2SeqCache:
         """As ``KVCache.apart``, of both."""
@@ -263,7 +268,7 @@ class TokenCache(struct.PyTreeNode):
 
 def grown(cache: Any, tokens: int) -> Any:
     """A cache, or caches, with room for so many more tokens a row."""
-    kinds = (KVCache, StateCache, TokenCache)
+    kinds = (KVCache, Seq2SeqCache, StateCache, TokenCache)
     return jax.tree.map(lambda x: x.grow(tokens), cache, is_leaf=lambda x: isinstance(x, kinds))
 
 

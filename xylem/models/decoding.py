@@ -15,6 +15,8 @@ from xylem.models.cache import KVCache, Seq2SeqCache
 from xylem.models.leaves import Grafted, Transposed
 from xylem.models.stack import run_length, runs
 
+MANY_ROWS = 16
+
 
 def ready(config: Any, params: Any) -> Any:
     """The tree with a run of its own for each layer, in encoders and decoders too, its kernels and the head transposed.
@@ -30,6 +32,18 @@ def ready_cache(config: Any, cache: Any) -> Any:
     kinds = (KVCache, Seq2SeqCache)
     apart = lambda x: x.apart() if isinstance(x, kinds) else x  # noqa: E731
     return jax.tree.map(apart, cache, is_leaf=lambda x: isinstance(x, kinds)) if _pays(config) else cache
+
+
+def rooms_for(config: Any, cache: Any, tokens: int) -> list[int]:
+    """The room for ``tokens`` more that a cache is given: at once, or in up to four parts, each when it is needed.
+
+    Attention reads all the room that there is, which for many rows is a good part of what a step reads; each part is a
+    loop that is compiled by itself, of at least 32 tokens. For 32 rows of 128 new tokens, 12 layers of 768, on two
+    Zen 1 threads: 157 and 147 ms a step, 34 and 47 s for the first call.
+    """
+    apart = isinstance(cache, (KVCache, Seq2SeqCache)) and _pays(config) and len(cache.lengths) >= MANY_ROWS
+    parts = max(1, min(4, tokens // 32)) if apart else 1
+    return [tokens * (i + 1) // parts - tokens * i // parts for i in range(parts)]
 
 
 def _pays(config: Any) -> bool:

@@ -68,7 +68,10 @@ def _token_losses(logits, labels, smoothing, z_loss):
     # No less than one of its own row: this makes the exponentials wait for the look-up and then take the logits' place.
     peak = jnp.maximum(logits.max(-1), picked)
     raised = jnp.exp(logits - peak[..., None])
-    total = raised @ jnp.ones(logits.shape[-1], F32)  # a product: XLA:CPU takes sums of rows in one thread
+    # A product on CPUs, where XLA takes sums of rows in one thread; accelerators would round its factors.
+    total = jax.lax.platform_dependent(
+        raised, cpu=lambda x: x @ jnp.ones(x.shape[-1], F32), default=lambda x: x.sum(-1)
+    )
     log_sum = peak + jnp.log(total)
     nll = log_sum - picked
     loss = nll if smoothing == 0.0 else (1.0 - smoothing) * nll + smoothing * (log_sum - logits.mean(-1))

@@ -21,7 +21,7 @@ from jaxtyping import PRNGKeyArray
 from safetensors import SafetensorError
 
 from xylem.errors import CheckpointError, ConfigError
-from xylem.files import read_object, whole_folder
+from xylem.files import check_new, read_object, whole_folder
 from xylem.models import build, heads, shards
 from xylem.models.config import ModelConfig
 from xylem.models.conversion import Place, Row, Source, flatten, listed, read, rows_for, write
@@ -102,8 +102,7 @@ def save(
         CheckpointError: the disk refused.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("folder", str(folder), "it must not exist yet, or be empty")
+    check_new("folder", folder)
     if tokenizer_file is not None and not Path(tokenizer_file).is_file():
         raise ConfigError("tokenizer_file", str(tokenizer_file), "there is no such file")
     model_type, described = describe(config)

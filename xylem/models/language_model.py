@@ -49,18 +49,19 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def head(self, params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of final states: the output matrix apart from the rest, so losses and prefill can chunk it."""
-        if self.config.head == "untied":
-            weight, equation = params["head"]["kernel"], "...d,dv->...v"
-        else:
-            weight, equation = params["embed"]["embedding"], "...d,vd->...v"
+        tied = self.config.head != "untied"
+        weight = params["embed"]["embedding"] if tied else params["head"]["kernel"]
+        equation = "...d,vd->...v" if tied else "...d,dv->...v"
         if self.config.head == "tied_scaled":
             hidden = hidden * self.config.d_model**-0.5
         if is_leaf(weight):
             return weight.einsum(equation, hidden).astype(jnp.float32)
         weight, kernels = jnp.asarray(weight), fused.choose(self.config.compute, jax.default_backend())
-        if kernels.matmul and equation == "...d,vd->...v" and hidden.dtype == weight.dtype == jnp.float32:
+        if kernels.matmul and tied and hidden.dtype == weight.dtype == jnp.float32:
             logits = fused.few_rows(hidden.reshape(-1, hidden.shape[-1]), weight)
             return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+        if kernels.wide_product and hidden.dtype != jnp.float32:
+            return fused.wide_product(hidden, weight, tied)
         # Summed and kept in float32 even where both sides are bfloat16.
         return jnp.einsum(equation, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
 

@@ -27,7 +27,7 @@ from xylem.models.fused import Choice
 from xylem.models.language_model import Head, LanguageModel, Output
 from xylem.models.layers import Adapter, Dense, Embed, Norm, Site, add_bias, einsum, parameter, side_by_side
 from xylem.models.leaves import bias_of
-from xylem.models.selective_scan import choose, selective_scan
+from xylem.models.selective_scan import choose, left_of, selective_scan
 from xylem.models.stack import Sites, layer_runs, scan_layers
 from xylem.models.state_config import MambaConfig
 from xylem.models.virtual import Text, prepend, prompt_of
@@ -71,7 +71,9 @@ class Block(nn.Module):
 class Mixer(nn.Module):
     """What moves information along the sequence: convolution, selective scan, gate.
 
-    With a cache its state is ``{"conv": the last W - 1 inputs of the convolution, "ssm": the scan's states}``.
+    With a cache its state is ``{"conv": the last W - 1 inputs of the convolution, "ssm": the scan's states}``. Where
+    the tree holds ``start`` (Z, I), every document begins with these states, and so does a row of a cache that has read
+    nothing.
     """
 
     config: MambaConfig
@@ -100,9 +102,13 @@ class Mixer(nn.Module):
         keep = None if context.segments is None else _same_document(context.segments, 1).astype(F32)
         form = choose(config.compute, jax.default_backend(), x.shape[1])
         scan = partial(selective_scan, A=A, D=D, rule=config.discretization, form=form)
+        start = self.get_variable("params", "start") if self.has_variable("params", "start") else None
         if cache is None:
             y, _ = scan(x, delta, B=B, C=C, keep=keep)
+            y = y if start is None else (y + left_of(start, delta, A, C, keep)).astype(y.dtype)
         else:
+            if start is not None:
+                state["ssm"] = jnp.where((cache.lengths == 0)[:, None, None], start[None], state["ssm"])
             trail = min(x.shape[1], cache.history + 1)
             y, states = _scan_and_trail(scan, x, delta, B, C, state["ssm"], trail)
             padded = None if context.real is None else ~context.real.all(1)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from xylem.models.cudnn_attention import nvidia_generation
 from xylem.models.selective_scan_pallas import kernel
 from xylem.models.settings import Compute
 from xylem.sharding import by_parts
@@ -66,6 +67,35 @@ def selective_scan(
     run = by_parts(partial(FORMS[form], rule), inputs, outputs=(rows, rows))
     y, last = run(*(value.astype(F32) for value in (x, delta, A.T, B, C, keep, start)))
     return (y + D.astype(F32)[None, None] * x.astype(F32)).astype(x.dtype), last
+
+
+def left_of(
+    start: Float[Array, "Z I"],
+    delta: Float[Array, "B T I"],
+    A: Float[Array, "I Z"],
+    C: Float[Array, "B T Z"],
+    keep: Float[Array, "B T"] | None,
+) -> Float[Array, "B T I"]:
+    """What is added to each output where every document begins with the states ``start``: the scan is linear in them.
+
+    ``sum over z of C[t, z] exp(A[z] s[t]) start[z]``, s[t] being the steps of the document until then: no recurrence,
+    and nothing of size (B, T, Z, I). Arguments as in ``selective_scan``; all is computed in float32.
+    """
+    steps, same = delta.astype(F32), jnp.ones((1, delta.shape[1]), F32) if keep is None else keep
+
+    def follow(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        return one[0] * other[0], other[1] + other[0] * one[1]
+
+    # Sums within documents: differences of sums over the row would lose the digits of late ones.
+    elapsed = jax.lax.associative_scan(follow, (same[..., None], steps), axis=1)[1]
+
+    @jax.checkpoint
+    def add(total: Array, state: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        begin, rate, read = state
+        return total + read[..., None] * jnp.exp(rate[None, None] * elapsed) * begin[None, None], None
+
+    states = start.astype(F32), A.T.astype(F32), jnp.moveaxis(C.astype(F32), -1, 0)
+    return jax.lax.scan(add, jnp.zeros_like(steps), states)[0]
 
 
 def discretize(rule: Rule, delta: Float[Array, "I"], A: Float[Array, "Z I"]) -> tuple[Array, Array]:
@@ -229,14 +259,17 @@ FORMS: dict[str, Callable[..., tuple[Array, Array]]] = {
 
 
 # The form from each length on. cpu: two Zen 4 threads, jaxlib 0.10.2 (benchmarks/README.md), where chunked took the
-# least time at every length tried, 16 to 1,024; one token alone needs no chunk. Elsewhere no time was measured: for a
-# TPU v5e the kernel is compiled in the tests and asks for no main memory of its own where ``parallel`` asks for 5.7 GB
-# (2 x 2,048 tokens, 1,536 channels); no GPU has run its kernel yet, so none is given it unasked.
+# least time at every length tried, 16 to 1,024; one token alone needs no chunk. gpu: one H200, jaxlib 0.11.2, 2 x 2,048
+# tokens, 1,024 channels: the kernel's step takes 27 ms, chunked 697; parallel was not measured there. It is lowered by
+# Triton, of which jax 0.12 warns that Pallas will leave it. For a TPU v5e, on which no time was measured, the kernel is
+# compiled in the tests and asks for no main memory of its own where ``parallel`` asks for 5.7 GB (2 x 2,048 tokens,
+# 1,536 channels).
 MEASURED: dict[str, tuple[tuple[int, Form], ...]] = {
     "cpu": ((1, "sequential"), (16, "chunked")),
     "tpu": ((1, "sequential"), (64, "kernel")),
-    "gpu": ((1, "sequential"), (64, "parallel")),
+    "gpu": ((1, "sequential"), (64, "kernel")),
 }
+UNMEASURED: tuple[tuple[int, Form], ...] = ((1, "sequential"), (64, "parallel"))
 
 
 def choose(compute: Compute, backend: str, length: int) -> Form:
@@ -245,5 +278,6 @@ def choose(compute: Compute, backend: str, length: int) -> Form:
         return compute.scan
     if compute.kernels == "plain":
         return "sequential"
-    table = MEASURED.get(backend, MEASURED["gpu"])
+    known = backend != "gpu" or nvidia_generation() >= 8
+    table = MEASURED.get(backend, UNMEASURED) if known else UNMEASURED
     return next(form for least, form in reversed(table) if length >= least)

@@ -55,7 +55,7 @@ class Compute:
         param_dtype: of stored parameters.
         remat: what a layer keeps for the backward pass: ``none`` recomputes nothing, ``dots`` keeps matrix products,
             ``full`` keeps the layer's input only.
-        layers: ``scan`` compiles one layer, ``unroll`` all of them (longer compile, faster step on CPU);
+        layers: ``scan`` compiles one layer, ``unroll`` all of them (longer compile, faster step);
             ``auto`` takes what was measured fastest for the backend.
         kernels: ``fused`` for the hand-written derivatives of ``fused.py``, ``plain`` for what XLA derives;
             ``auto`` as above.

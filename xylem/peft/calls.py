@@ -22,6 +22,7 @@ from xylem.peft.methods import prompt as _prompt
 from xylem.peft.methods import qlora as _qlora
 from xylem.peft.methods import relora as _relora
 from xylem.peft.methods import selection as _selection
+from xylem.peft.methods import state as _state
 from xylem.peft.tree import Predicate, Tree
 
 P, C = ParamSpec("P"), TypeVar("C")
@@ -73,6 +74,7 @@ METHODS = {
     "adapter": Method(config.AdapterConfig, _adapter.graft, _adapter.trainable),
     "prompt": Method(config.PromptConfig, _prompt.graft, _prompt.trainable),
     "prefix": Method(config.PrefixConfig, _prefix.graft, _prefix.trainable, _prefix.fold),
+    "state": Method(config.StateConfig, _state.graft, _state.trainable),
     "bitfit": Method(config.BitFitConfig, _bitfit.graft, _bitfit.trainable),
     "selection": Method(config.SelectionConfig, _selection.graft, _selection.trainable),
     "child": Method(config.ChildConfig, _child.graft, _child.trainable, optimizer=_child.optimizer),
@@ -101,6 +103,7 @@ ia3 = _short(config.IA3Config, _ia3.graft)
 adapter = _short(config.AdapterConfig, _adapter.graft)
 prompt = _short(config.PromptConfig, _prompt.graft)
 prefix = _short(config.PrefixConfig, _prefix.graft)
+state = _short(config.StateConfig, _state.graft)
 bitfit = _short(config.BitFitConfig, _bitfit.graft)
 selection = _short(config.SelectionConfig, _selection.graft)
 child = _short(config.ChildConfig, _child.graft)
@@ -122,5 +125,6 @@ __all__ = [
     "qlora",
     "relora",
     "selection",
+    "state",
     "unmerge",
 ]

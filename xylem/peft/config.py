@@ -176,6 +176,13 @@ class PrefixConfig:
 
 
 @dataclass(frozen=True)
+class StateConfig:
+    """The states in which a Mamba begins every document learn (initial state tuning 2410.09016)."""
+
+    name: Literal["state"] = field(default="state", kw_only=True)
+
+
+@dataclass(frozen=True)
 class BitFitConfig:
     """The biases learn (BitFit 2106.10199).
 

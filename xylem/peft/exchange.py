@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from xylem.errors import CheckpointError, ConfigError
-from xylem.files import read_object, whole_folder
+from xylem.files import check_new, read_object, whole_folder
 from xylem.models import hub, shards
 from xylem.models.config import ModelConfig, Seq2SeqConfig, TransformerConfig
 from xylem.models.conversion import Row, flatten, listed, unflatten, write
@@ -59,8 +59,7 @@ def save_peft(folder: str | Path, config: ModelConfig, params: Tree, lora_config
         CheckpointError: the disk refused.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("folder", str(folder), "it must not exist yet, or be empty")
+    check_new("folder", folder)
     if type(lora_config) is not LoRAConfig:
         raise ConfigError("lora_config", type(lora_config).__name__, "pairs of LoRA alone are written as peft's")
     flat, family = flatten(params), _family(config)

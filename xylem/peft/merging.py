@@ -13,18 +13,19 @@ from xylem.models.leaves import is_leaf, materialize, with_biases
 from xylem.peft.tree import Tree
 
 # Nodes that a plain network has no place for.
-NODES = ("_adapter", "prefix", "prompt", "initial_state")
+NODES = ("_adapter", "prefix", "prompt", "start")
 
 
 def merge(params: Tree) -> Tree:
     """The same network as a tree of plain arrays: every leaf's weight, its graft included.
 
     Raises:
-        ValueError: the tree holds nodes that no weight can take in: adapters, prefixes, prompts.
+        ValueError: the tree holds nodes that no weight can take in: adapters, prefixes, prompts, states to begin with.
     """
     held = sorted({path for path in flatten(params) if any(word.endswith(NODES) for word in path.split("/"))})
     if held:
-        raise ValueError(f"merge: adapters, prefixes and prompts are no part of a weight; the tree holds {held[0]}")
+        what = "adapters, prefixes, prompts and states to begin with are no part of a weight"
+        raise ValueError(f"merge: {what}; the tree holds {held[0]}")
     return materialize(params)
 
 
@@ -34,7 +35,7 @@ def merge_error(logits: Callable[[Tree], Array], params: Tree) -> float:
     Rounding alone: a merged weight is a sum in the type of the base, which in bfloat16 loses most of a small graft. A
     quantized base is decoded for it, so its rounding is in both and shows in neither.
     """
-    apart, merged = logits(params), logits(merge(params))
+    merged, apart = logits(merge(params)), logits(params)
     return float(jnp.max(jnp.abs(merged - apart)) / jnp.max(jnp.abs(apart)))
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.patches import FancyBboxPatch
 
-from xylem.models import build, gpt, llama
+from xylem.models import build, gpt, llama, mamba
 from xylem.models.leaves import Grafted, is_leaf
 from xylem.peft import config as peft
 from xylem.peft.calls import METHODS
@@ -179,6 +179,7 @@ def lines_of(tree: Any, own: set[str], learns: Predicate) -> tuple[Line, ...]:
 
 SMALL_LLAMA = llama.llama(3, 64, 4, 2, 128, 256, 96, rope_theta=1e4, norm_eps=1e-5, head="tied")
 SMALL_GPT = gpt.gpt(3, 64, 4, 256, 96)
+SMALL_MAMBA = mamba.mamba(3, 64, 256, 96)
 ATTENTION = "attention/(query|value)/kernel"
 
 
@@ -250,6 +251,7 @@ def added() -> Trees:
             after(small, "prompt", peft.PromptConfig(length=20), "peft.prompt"),
             after(small, "prefix", peft.PrefixConfig(hidden=32), "peft.prefix, as it learns"),
             after(small, "prefix", peft.PrefixConfig(hidden=32), "folded, or prefix(hidden=0)", prefix.fold),
+            after(SMALL_MAMBA, "state", peft.StateConfig(), "peft.state, of a small Mamba"),
         )
     )
 

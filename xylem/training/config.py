@@ -113,6 +113,7 @@ class RunConfig:
         log_every, evaluate_every, save_every, sample_every: in steps; 0 turns the last three off until the end.
         evaluate_batches: validation batches while training; at the last step the whole split is read.
         keep: checkpoints kept besides the best one.
+        sample_prompt: what a sample continues; a model that learns to answer is asked a held-out question instead.
     """
 
     model: ModelConfig
@@ -237,7 +238,7 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
         )
         allowed = f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens{extra}, so at least {least}"
         raise ConfigError("model.vocab_size", config.model.vocab_size, allowed)
-    if not writes(config):
+    if not continues(config):
         return
     # The text starts with begin-of-text, and at least one token is written.
     length, most = len(tokenizer.encode(config.sample_prompt)), config.model.max_length - 2
@@ -246,6 +247,11 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError("sample_prompt", config.sample_prompt, allowed)
 
 
-def writes(config: RunConfig) -> bool:
-    """Whether the model is one that continues a text: then samples are written, and bits per byte mean something."""
+def continues(config: RunConfig) -> bool:
+    """Whether the model learns to continue a text: then bits per byte mean something."""
     return config.objective.name in ("causal_lm", "truncated", "scheduled_sampling")
+
+
+def writes(config: RunConfig) -> bool:
+    """Whether the model learns to continue a text or to answer: then samples are written."""
+    return continues(config) or config.objective.name == "answers"

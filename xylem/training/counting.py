@@ -46,5 +46,7 @@ def count(config: CountingConfig, argv: Sequence[str] = ()) -> dict[str, Any]:
         final = {"parameters": grams, "tokens_per_second": tokens / seconds}
         final |= {f"validation_{name}": value for name, value in figures.items()}
         print(report.figures_line(final))
-        final |= report.written(config.sample_prompt, folder, data, NGramLM(model), tree, print)
+        ids = data.tokenizer.prompt(config.sample_prompt)
+        final["sample"] = report.sampled(folder, NGramLM(model), tree, data.tokenizer, ids, print)
+        final["compressors_bits_per_byte"] = report.compressed(data, print)
         return report.summarise(folder, final)

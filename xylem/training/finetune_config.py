@@ -20,6 +20,7 @@ from xylem.peft.config import (
     QLoRAConfig,
     ReLoRAConfig,
     SelectionConfig,
+    StateConfig,
 )
 from xylem.training.config import RunConfig, objectives_of
 from xylem.training.objective_config import Objective
@@ -35,6 +36,7 @@ MethodConfig = (
     | AdapterConfig
     | PromptConfig
     | PrefixConfig
+    | StateConfig
     | BitFitConfig
     | SelectionConfig
     | ChildConfig

@@ -28,7 +28,7 @@ from xylem.sharding import anywhere, batch_sharding, join_hosts, make_mesh
 from xylem.training import metrics as measure
 from xylem.training import report
 from xylem.training.checkpoint import Checkpoints
-from xylem.training.config import RunConfig, check_tokenizer, writes
+from xylem.training.config import RunConfig, check_tokenizer, continues, writes
 from xylem.training.console import console
 from xylem.training.evaluate import carried, figures
 from xylem.training.finetune_config import FinetuneConfig
@@ -110,7 +110,7 @@ def train(
             yield from carried(program.validate, params, map(place, read), program.first_carry())
 
         def named(sums: Sequence[Sums]) -> dict[str, float]:
-            counts = data.counts["validation"] if writes(config) else None
+            counts = data.counts["validation"] if continues(config) else None
             return {f"validation_{name}": x for name, x in figures(sums, counts).items()}
 
         def row_of(step: int, computed: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +158,8 @@ def train(
                 if notice := checkpoints.save(step, program.saved(state), batches.get_state(), metadata, best=improved):
                     screen.note(notice)
             if due(config.sample_every, step) and not finishing and writes(config):
-                screen.note(
-                    report.sample(program.module, program.fold(state.averaged), data.tokenizer, config.sample_prompt)
-                )
+                given = program.fold(state.averaged)
+                screen.note(report.sample(program.module, given, data.tokenizer, report.sample_ids(config, data)))
             if finishing:
                 break
             meter.restart()

@@ -18,10 +18,11 @@ from xylem.generation.generator import Generator
 from xylem.generation.sampling import Sampling, virtual_tokens
 from xylem.models.language_model import LanguageModel
 from xylem.models.leaves import is_leaf
+from xylem.models.seq2seq import Seq2Seq
 from xylem.peft import tree
 from xylem.training import metrics as measure
 from xylem.training.checkpoint import Restored
-from xylem.training.config import RunConfig, writes
+from xylem.training.config import RunConfig, continues, writes
 from xylem.training.inputs import example_shapes
 from xylem.training.plots import loss_curve
 from xylem.training.run_folder import CHECKPOINTS, METRICS
@@ -85,12 +86,25 @@ def cut_tasks(data: Mixture, shapes: dict[str, Any]) -> list[str]:
     return lines
 
 
-def sample(module: LanguageModel, params: Any, tokenizer: Tokenizer, prompt: str) -> str:
-    """The prompt and what the model continues it with, always from the same randomness."""
-    room = module.config.max_length - len(tokenizer.encode(prompt)) - 1 - virtual_tokens(module, params)[-1]
-    sampling = Sampling(max_new_tokens=max(1, min(SAMPLE_TOKENS, room)), temperature=0.8, top_p=0.95)
-    (text,) = Generator(module, params, tokenizer)([prompt], sampling, jax.random.key(0))
-    return f"{prompt}{text}"
+def sample_ids(config: RunConfig, data: Prepared) -> list[int]:
+    """The ids that a sample continues: the sample prompt, or a held-out question where answers are learned."""
+    if config.objective.name != "answers":
+        return data.tokenizer.prompt(config.sample_prompt)
+    row = data.source("validation")[0]
+    if "decoder_tokens" in row:  # a source, which ends as the generator ends it
+        return row["tokens"][row["segments"] > 0][:-1].tolist()
+    return row["tokens"][: row["weights"].argmax() + 1].tolist()
+
+
+def sample(module: LanguageModel, params: Any, tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of ``ids`` and what the model writes behind it, always from the same randomness."""
+    reads = isinstance(module, Seq2Seq)
+    most = module.config.max_length - virtual_tokens(module, params)[-1]
+    ids = ids if reads else ids[1 - most :]
+    sampling = Sampling(min(SAMPLE_TOKENS, most - (1 if reads else len(ids))), temperature=0.8, top_p=0.95)
+    (text,) = Generator(module, params, tokenizer).continue_ids([ids], sampling, jax.random.key(0))
+    shown = tokenizer.decode(ids[1:] if ids[0] == tokenizer.begin_of_text else ids)
+    return f"{shown}\n{text}" if reads else f"{shown}{text}"
 
 
 def references(data: Prepared) -> dict[str, float]:
@@ -112,23 +126,22 @@ def figures_line(final: dict[str, Any]) -> str:
     )
 
 
-def written(
-    prompt: str, folder: Path, data: Prepared, module: LanguageModel, params: Any, note: Note
-) -> dict[str, Any]:
-    """What a model that continues texts adds to a summary: a sample, and what compressors need for the same text.
-
-    All hosts write the sample together; the rest is for process 0.
-    """
-    text = sample(module, params, data.tokenizer, prompt)
+def sampled(folder: Path, module: LanguageModel, params: Any, tokenizer: Tokenizer, ids: list[int], note: Note) -> str:
+    """Show and keep a sample, which all hosts write together."""
+    text = sample(module, params, tokenizer, ids)
     note(f"sample:\n{text}\n")
-    if jax.process_index() != 0:
-        return {"sample": text}
-    write_whole(folder / "sample.txt", text + "\n")
+    if jax.process_index() == 0:
+        write_whole(folder / "sample.txt", text + "\n")
+    return text
+
+
+def compressed(data: Prepared, note: Note) -> dict[str, float]:
+    """Show and give back what compressors need for the validation text: bits per byte by name."""
     bars = references(data)
     whole = data.counts["validation"]["bytes"] <= REFERENCE_BYTES
     of = "the same text" if whole else f"the first {REFERENCE_BYTES / 1e6:g} MB of the same text"
     note(f"bits per byte of {of}: {', '.join(f'{name} {bits:.3f}' for name, bits in bars.items())}")
-    return {"sample": text, "compressors_bits_per_byte": bars}
+    return bars
 
 
 def summarise(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -149,11 +162,14 @@ def closing(
     """Show and keep the final figures, a sample where the model writes, and the loss curve; returns what
     ``summary.json`` holds."""
     note(figures_line(final))
-    adds = written(config.sample_prompt, folder, data, module, params, note) if writes(config) else {}
-    summary = {**final, **adds}
+    summary = dict(final)
+    if writes(config):
+        summary["sample"] = sampled(folder, module, params, data.tokenizer, sample_ids(config, data), note)
     if jax.process_index() == 0:
+        if continues(config):
+            summary["compressors_bits_per_byte"] = compressed(data, note)
         summarise(folder, summary)
         title = f"{config.model.family}, {tree.count(params):,} parameters, on {config.data.corpus}"
-        loss_curve(folder / METRICS, folder / "loss.png", adds.get("compressors_bits_per_byte", {}), title)
+        loss_curve(folder / METRICS, folder / "loss.png", summary.get("compressors_bits_per_byte", {}), title)
         note(f"loss curve {folder / 'loss.png'}, checkpoints {folder / CHECKPOINTS}")
     return summary

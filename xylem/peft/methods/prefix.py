@@ -33,8 +33,9 @@ def graft(params: Tree, key: PRNGKeyArray, config: PrefixConfig) -> Tree:
         return params | {name: graft(sides[name], own, config) for name, own in zip(sides, keys, strict=True)}
     sites = [site for site in SITES if runs(params) and site in params[runs(params)[0]]]
     if not sites:
-        allowed = "keys and values are attention's; a Mamba has a state instead, which prompt tuning teaches"
-        raise ConfigError("method", "prefix", allowed, ["prompt"])
+        scans = any("mixer" in params[name] for name in runs(params))
+        instead = "; a Mamba has states instead, which the method state teaches" if scans else ""
+        raise ConfigError("method", "prefix", f"keys and values are attention's{instead}", ["state"] if scans else [])
     made, grown = {}, params
     for site, own in zip(sites, jax.random.split(key, len(sites)), strict=True):
         kernel = params[runs(params)[0]][site]["key"]["kernel"]

@@ -1,0 +1,94 @@
+"""``scripts/finetune.py`` as a user calls it, with methods and objectives that every run of the tests draws anew."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import LENGTH, VOCAB
+from programs import script
+from small import random_weights
+
+from xylem import models
+from xylem.data.tokenizers import byte_level
+from xylem.models import gpt, hub, llama, mamba
+from xylem.models.conversion import flatten
+from xylem.peft.calls import METHODS
+from xylem.training.restore import judges, open_any
+
+BASES = {
+    "llama": llama.llama(2, 12, 3, 1, 20, VOCAB, 32, rope_theta=777.0, norm_eps=1e-4),
+    "gpt2": gpt.gpt(2, 12, 3, VOCAB, 32),
+    "mamba": mamba.mamba(2, 12, VOCAB, 32, state_size=5, conv_width=3, dt_rank=4),
+}
+OTHER = {"state": "mamba", "bitfit": "gpt2"}  # what a LLaMA has not: states to begin with, biases
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, module_seed):
+    """A folder for each network."""
+    folder = tmp_path_factory.mktemp("bases")
+    for name, config in BASES.items():
+        params = random_weights(models.build(config), jax.random.key(module_seed), jnp.zeros((1, 2), jnp.int32))
+        hub.save(folder / name, config, params)
+        byte_level().save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    lines = {
+        "answers": [{"prompt": f"{a}+{b}", "completion": str(a + b)} for a in range(5) for b in range(5)],
+        "classification": [{"text": "ab" * (1 + place % 4), "label": place % 2} for place in range(24)],
+        "causal_lm": [{"text": "the old oak tree sleeps " * 3} for _ in range(24)],
+    }
+    for name, records in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["answers", "causal_lm", "classification"])
+def test_some_methods_learn_by_the_command_line(objective, bases, files, rng_seed, tmp_path):
+    # O-LoRA begins with what an earlier task left; a Mamba does not judge.
+    fitting = sorted(set(METHODS) - {"olora"} - ({"state"} if objective == "classification" else set()))
+    for method in np.random.default_rng(rng_seed).permutation(fitting)[:2].tolist():
+        print(f"{method} by {objective}")
+        learns(method, objective, bases / OTHER.get(method, "llama"), files, rng_seed, tmp_path / method)
+
+
+def learns(method, objective, base, files, seed, run_dir):
+    """A run of three steps: its figures are there, and what it learned is opened, alone as well."""
+    given = {
+        "method": method,
+        "objective.name": objective,
+        "data.corpus": files / f"{objective}.jsonl",
+        "data.cache-dir": files,
+        "data.sequence-length": LENGTH,
+        "optimizer.learning-rate": 0.01,
+        "optimizer.warmup-steps": 0,
+        "model.compute.layers": "scan",
+        "steps": 3,
+        "log-every": 1,
+        "batch-size": 8,
+        "run-dir": run_dir,
+    }
+    script("finetune")([str(base), *(word for name, value in given.items() for word in (f"--{name}", str(value)))])
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and np.isfinite([row["loss"] for row in rows]).all()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert np.isfinite(summary["validation_loss"])
+    assert ("sample" in summary) == (objective != "classification")
+    checks = {"check": judges} if objective == "classification" else {}
+    tuned, bare = open_any(str(run_dir), **checks), open_any(str(base))
+    tokens = jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB - 1, (2, 7)), jnp.int32)
+    moved = tuned.module.apply({"params": tuned.params}, tokens).hidden
+    still = bare.module.apply({"params": bare.params}, tokens).hidden
+    assert float(jnp.abs(moved - still).max()) > 1e-6, "what was learned is opened"
+    if objective != "classification":
+        apart = open_any(str(run_dir / "adapter"))
+        for path, leaf in flatten(tuned.params).items():
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), leaf, flatten(apart.params)[path])
