@@ -3,10 +3,10 @@
     python scripts/classify.py RUN --text "A fine day." "A bad one."
     python scripts/classify.py RUN --file TEXTS
 
-RUN is a folder that scripts/finetune.py made with --objective.name classification or token_classification, or its
-adapter/. Without --text, a text is a line of the file, or of what comes in by the standard input; of a .jsonl file,
-what stands under "text" (and "text_pair") or "words". Printed is a line a text: label, probability, text; of a model
-that judges words, a line a word and an empty one behind each text.
+RUN is a folder that scripts/finetune.py made with --objective.name classification or token_classification, its
+adapter/, or a Hugging Face folder that judges. Without --text, a text is a line of the file, or of what comes in by
+the standard input; of a .jsonl file, what stands under "text" (and "text_pair") or "words". Printed is a line a text:
+label, probability, text; of a model that judges words, a line a word and an empty one behind each text.
 """
 
 from __future__ import annotations

@@ -39,11 +39,14 @@ def main(arguments: list[str]) -> None:
 
         raise ConfigError("BASE", base, "the first word is the model to begin with")
     from xylem.training.finetune import finetune
-    from xylem.training.restore import open_any
+    from xylem.training.finetune_config import HEADS
+    from xylem.training.restore import any_task, has_its_own_head, open_any
 
     method, rest = named("--method", arguments[1:], "lora", METHODS)
-    model = open_any(base)
+    model = open_any(base, check=any_task)
     config = parse(base, method, model, rest)
+    if config.objective.name not in HEADS:  # those get a fresh head in the place of an old one
+        has_its_own_head(base, model.module.config, model.objective)
     finetune(config, model.params, model.tokenizer, sys.argv)
 
 

@@ -56,11 +56,11 @@ def main(arguments: list[str]) -> None:
     from xylem.models import heads, hub
     from xylem.models.config import Seq2SeqConfig
     from xylem.peft.merging import merge, merge_error
-    from xylem.training.restore import open_any
+    from xylem.training.restore import any_task, open_any
 
     out = Path(parsed.out)
     check_new("out", out)
-    model = open_any(parsed.run, check=lambda *_: None)
+    model = open_any(parsed.run, check=any_task)
     config = model.module.config
     hub.describe(config)  # refuses what Hugging Face has no word for
     rng, length = np.random.default_rng(parsed.seed), min(parsed.tokens, config.max_length)
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         raise ConfigError("run", parsed.run, str(error)) from error
     with whole_folder(out) as draft:
-        hub.save(draft, config, merge(model.params))
+        hub.save(draft, config, merge(model.params), labels=model.labels)
         model.tokenizer.save(draft)
     print(f"{out}: merging moves the logits by {moved:.2g} of the largest")
 

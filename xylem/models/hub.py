@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,18 @@ def save(
     params: Mapping[str, Any],
     tokenizer_file: str | os.PathLike | None = None,
     shard_bytes: int = SHARD_BYTES,
+    labels: Sequence[str] = (),
 ) -> None:
     """Write a folder that Hugging Face's language model of the family loads to the same function.
 
-    The folder appears whole or not at all. A tree with a head of ``heads.py`` is written as the class that has it, its
-    labels numbered. Weights that are not plain arrays are materialized.
+    The folder appears whole or not at all. A tree with a head of ``heads.py`` is written as the class that has it.
+    Weights that are not plain arrays are materialized.
 
     Args:
         folder: a new or an empty folder.
         tokenizer_file: a ``tokenizer.json`` to lay beside the weights.
         shard_bytes: the most that one file holds; beyond it come shards and an index.
+        labels: the names of what the tree's head judges by; they are numbered unless given.
 
     Raises:
         ConfigError: the folder holds something, Hugging Face has no word for the configuration, or the tree is not the
@@ -110,8 +112,10 @@ def save(
     flat, template = flatten(with_biases(params)), parameter_shapes(config, head)
     _check_tree(flat, template)
     family = FAMILIES[model_type]
+    if len(labels) not in (0, head[0] if head else 0):
+        raise ConfigError("labels", len(labels), f"the tree's head has {head[0] if head else 0}")
     if head is not None:
-        described |= _described_head(family, *head)
+        described |= _described_head(family, head[1], labels or tuple(f"LABEL_{place}" for place in range(head[0])))
     described["torch_dtype"] = np.dtype(flat["embed/embedding"].dtype).name
     try:
         with whole_folder(folder) as draft:
@@ -174,12 +178,17 @@ def parameter_shapes(
     return flatten(jax.eval_shape(make, jax.random.key(0)))
 
 
-def _described_head(family: Family, num_labels: int, kind: heads.Kind) -> dict[str, Any]:
+def label_names(folder: str | os.PathLike, count: int) -> tuple[str, ...]:
+    """The names that a Hugging Face folder gives the ``count`` labels of its head; numbered where it names none."""
+    named = value(read_object(Path(folder) / "config.json", "checkpoint"), "id2label", dict, {})
+    return tuple(str(named.get(str(place), f"LABEL_{place}")) for place in range(count))
+
+
+def _described_head(family: Family, kind: heads.Kind, labels: Sequence[str]) -> dict[str, Any]:
     """What ``config.json`` says of a head."""
     if kind not in family.heads:
         raise ConfigError("params", kind, f"transformers stores no such head of a {family.architecture}")
-    labels = {index: f"LABEL_{index}" for index in range(num_labels)}
-    words = {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+    words = {"id2label": dict(enumerate(labels)), "label2id": {label: place for place, label in enumerate(labels)}}
     return {"architectures": [family.heads[kind]], **words}
 
 

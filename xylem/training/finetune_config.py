@@ -70,7 +70,10 @@ class FinetuneConfig(RunConfig):
 
 
 # Which head (``models/heads.py``) the objectives that judge teach.
-HEADS: dict[str, Literal["classifier", "tagger"]] = {"classification": "classifier", "token_classification": "tagger"}
+HEADS: dict[Objective, Literal["classifier", "tagger"]] = {
+    "classification": "classifier",
+    "token_classification": "tagger",
+}
 
 
 def taught_by(model: ModelConfig) -> tuple[Objective, ...]:

@@ -48,6 +48,10 @@ class Model(NamedTuple):
 Check = Callable[[str, Any, str], None]  # of a name, a model's config and an objective
 
 
+def any_task(name: str, config: Any, objective: str) -> None:
+    """Refuse nothing."""
+
+
 def has_its_own_head(name: str, config: Any, objective: str) -> None:
     """Refuse a model that was taught to judge."""
     if objective in HEADS:
@@ -72,7 +76,7 @@ def judges(name: str, config: Any, objective: str) -> None:
     """Refuse what was not taught to judge."""
     if objective not in HEADS:
         taught = f"a run of scripts/finetune.py by --objective.name {' or '.join(HEADS)} is wanted"
-        raise ConfigError("checkpoint", name, f"it was not taught to judge texts: {taught}")
+        raise ConfigError("checkpoint", name, f"it was not taught to judge texts: {taught}, or a folder that judges")
 
 
 def open_model(name: str, dtype: str = "float32") -> Model:
@@ -111,9 +115,10 @@ def open_any(name: str, dtype: str = "float32", check: Check = has_its_own_head)
         model = _open_adapter(path, check)
     else:
         config, params = hub.load(path, dtype)
-        check(name, config, "causal_lm")
+        taught = _taught(path, params)
+        check(name, config, taught[0])
         data = DataConfig(tokenizer=str(path), sequence_length=min(512, config.max_length))
-        model = Model(models.build(config), params, tokenizers.load(path), data)
+        model = Model(models.build(config), params, tokenizers.load(path), data, *taught)
     config = model.module.config
     if model.tokenizer.vocab_size > config.vocab_size:
         allowed = f"the model has {config.vocab_size} tokens, its tokenizer may not have more"
@@ -121,6 +126,14 @@ def open_any(name: str, dtype: str = "float32", check: Check = has_its_own_head)
     # One compiled layer for all: what is opened to be used is run a few times, not a few thousand.
     config = config.with_compute(replace(config.compute, layers="scan", dtype=dtype))
     return model._replace(module=models.build(config))
+
+
+def _taught(path: Path, params: Any) -> tuple[Objective, tuple[str, ...]]:
+    """By which objective a Hugging Face model was taught, and the labels that it judges by."""
+    if (head := heads.held(params)) is None:
+        return "causal_lm", ()
+    count, kind = head
+    return next(objective for objective, own in HEADS.items() if own == kind), hub.label_names(path, count)
 
 
 def _open_run(path: Path, check: Check) -> Model:
@@ -161,7 +174,7 @@ def _open_adapter(path: Path, check: Check) -> Model:
 
 def _base_of(path: Path, base: str) -> Model:
     try:
-        return open_any(base)
+        return open_any(base, check=any_task)
     except ConfigError as error:
         raise ConfigError("checkpoint", str(path), f"its base cannot be opened: {error}") from error
 
