@@ -1,5 +1,6 @@
 # make pretrain   train the default model on real text, in its own virtual environment
-# make test       the suite (minutes);  make check  everything: lint, types, slow tests, proofs, the next Python
+# make test       the suite (minutes): of a test with many cases one, drawn anew each time
+# make check      everything: lint, types, all other cases, slow tests, proofs, the next Python
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 # A second interpreter, for the newest jax: the first of these that is there.
@@ -10,6 +11,7 @@ JOBS ?= 2
 ARGS ?=
 PYTEST = -m pytest -q -n $(JOBS) --dist loadfile
 PROOFS = $(CURDIR)/.cache/proofs.jsonl
+CASES = $(CURDIR)/.cache/cases
 
 .PHONY: pretrain test check rest lint slow proofs next clean
 
@@ -17,8 +19,8 @@ pretrain: $(VENV)/.core
 	$(VENV)/bin/python scripts/pretrain.py $(ARGS)
 
 test: $(VENV)/.test
-	mkdir -p .cache && rm -f $(PROOFS)
-	XYLEM_PROOFS=$(PROOFS) $(VENV)/bin/python $(PYTEST) -m "not slow" $(ARGS)
+	mkdir -p .cache && rm -f $(PROOFS) && date +%s > $(CASES)
+	XYLEM_PROOFS=$(PROOFS) XYLEM_CASES=$$(cat $(CASES)) $(VENV)/bin/python $(PYTEST) --cases drawn $(ARGS)
 
 check: test rest
 
@@ -27,17 +29,18 @@ rest: lint slow proofs next
 lint: $(VENV)/.check
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+# What the last `make test` left, slow tests and cases that it did not draw; where there was none, all.
 slow: $(VENV)/.check
 	mkdir -p .cache
-	XYLEM_PROOFS=$(PROOFS) XYLEM_CHECK_TYPES=no $(VENV)/bin/python $(PYTEST) -m slow
+	XYLEM_PROOFS=$(PROOFS) XYLEM_CHECK_TYPES=no XYLEM_CASES=$$(cat $(CASES) 2>/dev/null) \
+		$(VENV)/bin/python $(PYTEST) --cases left $(ARGS)
 
 # After test and slow: what they proved, as pages.
 proofs: $(VENV)/.core
 	$(VENV)/bin/python scripts/proofs.py $(PROOFS) docs/proofs.md docs/peft.md
 
-# What another Python or jax breaks, one case of each test shows; all cases ran in `test`.
 next: .venv-next/.test
-	XYLEM_CHECK_TYPES=no .venv-next/bin/python $(PYTEST) -m "not slow and not oracle" --one-case
+	XYLEM_CHECK_TYPES=no .venv-next/bin/python $(PYTEST) -m "not oracle" --cases drawn
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; set PYTHON=/path/to/python"; exit 2; }

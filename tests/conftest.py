@@ -1,11 +1,11 @@
 """Eight CPU devices, strict promotion, checked annotations, and the fixtures that record what tests measure."""
 
 import gc
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
-import random
 import secrets
 import sys
 from pathlib import Path
@@ -45,23 +45,31 @@ _proofs: list[dict] = []
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--one-case", action="store_true", help="run one case of each test that has several, drawn anew")
+    told = (
+        "drawn: one case of each test that is not slow, by XYLEM_CASES where that is set; left: all but those it draws"
+    )
+    parser.addoption("--cases", choices=("all", "drawn", "left"), default="all", help=told)
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config, items) -> None:
     """The oracles are installed on Python 3.11 (setup.py); there a missing one fails, elsewhere the reason is told."""
-    if config.getoption("--one-case"):
-        draw, cases = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")), {}  # all workers draw the same
-        for item in items:
-            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
-        kept = {draw.choice(own) for own in cases.values()}
+    if (cases := config.getoption("--cases")) != "all":
+        drawn = set(_drawn(items).values()) if cases == "drawn" or os.environ.get("XYLEM_CASES") else set()
+        kept = [item for item in items if (item in drawn) == (cases == "drawn")]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in items if item in kept]
+        items[:] = kept
     if sys.version_info >= (3, 12) and importlib.util.find_spec("torch") is None:
         for item in items:
             if item.get_closest_marker("oracle"):
                 item.add_marker(pytest.mark.skip(reason="torch and transformers are installed on Python 3.11 alone"))
+
+
+def _drawn(items) -> dict[str, pytest.Item]:
+    """By test, the case that is drawn; a slow one never is. All workers draw the same."""
+    seed = os.environ.get("XYLEM_CASES") or os.environ.get("PYTEST_XDIST_TESTRUNUID", "")
+    order = sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest())
+    return {item.nodeid.split("[")[0]: item for item in order if not item.get_closest_marker("slow")}
 
 
 @pytest.fixture(autouse=True, scope="module")
