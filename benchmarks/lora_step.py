@@ -42,11 +42,12 @@ WORKLOADS = {name: Workload(**vars(train_step.WORKLOADS[name])) for name in ("ll
 def our_step(workload: Workload, kind: str, dtype: str) -> Callable[[int], float]:
     """``step(index) -> loss`` through the public path."""
     from xylem.peft import METHODS
+    from xylem.peft.config import LoRAConfig
 
     config = train_step.our_config(workload, "auto", dtype)
     more: dict[str, Any] = {}
     if kind == "lora":
-        more = {"graft": partial(with_pairs, config), "trains": METHODS["lora"].trainable(None, None)}
+        more = {"graft": partial(with_pairs, config), "trains": METHODS["lora"].trainable(None, LoRAConfig())}
     return ours.stepper(config, train_step.loss, train_step.our_data(workload), **more)
 
 

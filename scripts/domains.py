@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Domain = Literal["finance", "medicine", "law"]
 DOMAINS: tuple[Domain, ...] = ("finance", "medicine", "law")
-ROWS = "rows.json"
+ROWS = "domains.json"
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,9 @@ def judged(parsed: Arguments, model: Any) -> dict[str, dict[str, Any]]:
     from xylem.training.choices import judge
     from xylem.training.finetune import ADAPTER
 
-    path = Path(parsed.run_dir) / ROWS
-    rows = json.loads(path.read_text()) if path.is_file() else {}
+    path, settings = Path(parsed.run_dir) / ROWS, settings_of(parsed)
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    rows = kept["rows"] if kept.get("settings") == settings else {}  # those of other settings are judged anew
     vectors: dict[str, Any] = {}
     data = {name: conversations.prepare(run_of(parsed, name, model).data, model.tokenizer) for name in parsed.domains}
     for domain in parsed.domains:
@@ -123,9 +124,16 @@ def judged(parsed: Arguments, model: Any) -> dict[str, dict[str, Any]]:
         if name not in rows:
             params = compose.apply(model.params, make())
             rows[name] = {each: judge(model.module, params, data[each], parsed.batch_size) for each in parsed.domains}
-            write_whole(path, json.dumps(rows, indent=2) + "\n")
+            write_whole(path, json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
             print(name, *(f"{each} {row['loss']:.3f} {row['accuracy']:.1%}" for each, row in rows[name].items()))
     return rows
+
+
+def settings_of(parsed: Arguments) -> dict[str, Any]:
+    """What the figures depend on, as JSON has it."""
+    from dataclasses import asdict
+
+    return {**asdict(parsed), "domains": list(parsed.domains), "run_dir": None}
 
 
 def mixtures(parsed: Arguments, vectors: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -150,13 +158,9 @@ def mixtures(parsed: Arguments, vectors: dict[str, Any]) -> dict[str, Callable[[
 
 def show(parsed: Arguments, rows: dict[str, dict[str, Any]]) -> None:
     """The table and the figure."""
-    import json
-    from dataclasses import asdict
-
     from rich.console import Console
     from rich.table import Table
 
-    from xylem.files import write_whole
     from xylem.training.plots import matrices
 
     folder = Path(parsed.run_dir)
@@ -171,13 +175,11 @@ def show(parsed: Arguments, rows: dict[str, dict[str, Any]]) -> None:
     console = Console()
     console.print(f"\n[bold]{parsed.base}, held-out questions, after {parsed.steps} steps a domain[/bold]")
     console.print(table)
-    found = {"settings": asdict(parsed), "rows": rows}
-    write_whole(folder / "domains.json", json.dumps(found, indent=2) + "\n")
     losses, shares = ({name: [row[d][of] for d in parsed.domains] for name, row in rows.items()}
                       for of in ("loss", "accuracy"))  # fmt: skip
     panels = {"held-out loss (nats a token of an answer)": losses, "right choices": shares}
     matrices(panels, parsed.domains, folder / "domains.png")
-    print(f"{folder / 'domains.json'}, {folder / 'domains.png'}")
+    print(f"{folder / ROWS}, {folder / 'domains.png'}")
 
 
 if __name__ == "__main__":

@@ -72,13 +72,14 @@ def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
     from xylem.data.config import DataConfig
     from xylem.peft.calls import METHODS as every
     from xylem.training.config import OptimizerConfig
-    from xylem.training.finetune_config import FinetuneConfig, taught_by
+    from xylem.training.finetune_config import FinetuneConfig, room_for, taught_by
     from xylem.training.objective_config import ObjectiveConfig
 
     config = model.module.config
     objective: Any
     objective, rest = named("--objective.name", arguments, next(iter(taught_by(config)), "causal_lm"), OBJECTIVES)
-    length = min(512, config.max_length)
+    settings = every[method].config(**named_by(method, rest))
+    length = min(512, room_for(config, getattr(settings, "length", 0)))
     default = FinetuneConfig(
         model=config,  # its layers scanned: unrolled, those of a deep one compile longer than a short run gains
         data=DataConfig(
@@ -87,12 +88,12 @@ def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
         objective=ObjectiveConfig(name=objective),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0),
         base=str(Path(base).resolve()) if Path(base).exists() else base,
-        method=every[method].config(**({"last": 1} if method == "selection" else {})),
+        method=settings,
         steps=200,
         batch_size=8,
         run_dir=f"runs/finetune-{method}",
     )
-    return tyro.cli(
+    parsed = tyro.cli(
         FinetuneConfig,
         prog=f"finetune.py {base} --method {method}",
         description=__doc__,
@@ -100,6 +101,28 @@ def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
         args=rest,
         config=(tyro.conf.AvoidSubcommands,),
     )
+    if method == "relora":
+        check_restarts(parsed)
+    return parsed
+
+
+def named_by(method: str, arguments: list[str]) -> dict[str, Any]:
+    """What a method's settings are unless a flag says otherwise; ``selection`` has no default that means something."""
+    if method != "selection":
+        return {}
+    given = [name for name in ("last", "targets") if any(flag.startswith(f"--method.{name}") for flag in arguments)]
+    return {"targets": "."} if given == ["targets"] else {"last": 1}
+
+
+def check_restarts(config: Any) -> None:
+    """Refuse a ReLoRA that never restarts, or by another schedule than its own."""
+    from xylem.errors import ConfigError
+
+    if config.method.every >= config.steps:
+        allowed = f"less than steps = {config.steps}: pairs that never begin anew are LoRA's"
+        raise ConfigError("method.every", config.method.every, allowed)
+    if config.optimizer.schedule != "cosine":
+        raise ConfigError("optimizer.schedule", config.optimizer.schedule, "cosine: ReLoRA's falls at each restart")
 
 
 OBJECTIVES = ("answers", "classification", "token_classification", "causal_lm")

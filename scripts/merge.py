@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> None:
     from xylem.models import heads, hub
     from xylem.models.config import Seq2SeqConfig
     from xylem.peft.merging import merge, merge_error
+    from xylem.peft.tree import unsplit
     from xylem.training.restore import any_task, open_any
 
     out = Path(parsed.out)
@@ -80,7 +81,7 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         raise ConfigError("run", parsed.run, str(error)) from error
     with whole_folder(out) as draft:
-        hub.save(draft, config, merge(model.params), labels=model.labels)
+        hub.save(draft, config, unsplit(merge(model.params)), labels=model.labels)
         model.tokenizer.save(draft)
     print(f"{out}: merging moves the logits by {moved:.2g} of the largest")
 

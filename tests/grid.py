@@ -49,6 +49,7 @@ SETTINGS = {
     "prompt": configs.PromptConfig(length=_one(3, 4)),
     "prefix": configs.PrefixConfig(length=_one(3, 4), hidden=_one(6, 7)),
     "bitfit": configs.BitFitConfig(),
+    "added": configs.BitFitConfig(missing="add"),
     "last": configs.SelectionConfig(last=1),
     "norms": configs.SelectionConfig(targets="norm/"),
     "child": configs.ChildConfig(),
@@ -57,8 +58,9 @@ SETTINGS = {
     "state": configs.StateConfig(),
 }
 NAMES = {"rslora": "lora", "fp4": "qlora", "int8": "qlora", "houlsby": "adapter", "pfeiffer": "adapter"}
-NAMES |= {"last": "selection", "norms": "selection"}
+NAMES |= {"added": "bitfit", "last": "selection", "norms": "selection"}
 ROUNDED = ("qlora", "fp4", "int8")  # they make a base of few bits
+OWN = ("bitfit", "added", "last", "norms", "child")  # arrays of the network itself learn: merging does nothing
 # Cells that raise: there is nothing that the method could teach.
 EMPTY = {("bitfit", "llama"), ("bitfit", "t5"), ("prefix", "mamba")}
 EMPTY |= {("state", family) for family in FAMILIES if family != "mamba"}
@@ -81,7 +83,7 @@ MEASURED = {
     "fresh": [one for one in CELLS if one[0] not in VIRTUAL],
     "still": CELLS,
     "merged": [one for one in CELLS if merges(one[0])],
-    "unmerged": [one for one in CELLS if merges(one[0]) and one[0] not in ("dora", *ROUNDED)],
+    "unmerged": [one for one in CELLS if merges(one[0]) and one[0] not in ("dora", *ROUNDED, *OWN)],
     "saved": CELLS,
     "cached": [one for one in CELLS if one[1] != "bert"],
     "sharded": CELLS,

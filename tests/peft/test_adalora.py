@@ -20,6 +20,7 @@ from xylem.peft import tree
 from xylem.peft.config import AdaLoRAConfig
 from xylem.peft.methods import adalora
 from xylem.peft.methods.adalora import Triplets
+from xylem.sharding import path_name
 from xylem.training.config import OptimizerConfig
 from xylem.training.optimizers import make_optimizer
 
@@ -129,8 +130,8 @@ def test_adalora_gives_the_logits_gradients_and_penalty_of_hugging_face(theirs, 
     pairs = [(ours(field, name, layer), p.grad.numpy()) for (name, layer, field), p in held.items()]
     error = max(apart([logits], [out.logits.detach().numpy()]), apart(*map(list, zip(*pairs, strict=True))))
     error = max(error, abs(float(nll + adalora.penalty(trainable, CONFIG)) - float(out.loss.detach())))
-    plain = jax.tree.map(lambda x: x * (CONFIG.rank + 1e-5), frozen)
-    frozen = jax.tree_util.tree_map_with_path(lambda p, x, y: y if "scale" in str(p[-1]) else x, frozen, plain)
+    undivided = lambda where, x: x * (CONFIG.rank + 1e-5) if path_name(where).endswith("kernel/scale") else x  # noqa: E731
+    frozen = jax.tree_util.tree_map_with_path(undivided, frozen)
     (_, wrong), _ = forward(module)(trainable, frozen, jnp.asarray(tokens))
     assert apart([wrong], [out.logits.detach().numpy()]) > 1e-2
     row, fault = "AdaLoRA: logits, gradients, penalty", "alpha not over rank"

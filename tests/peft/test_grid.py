@@ -156,9 +156,8 @@ def drift(back, grafted) -> float:
         while is_leaf(two):  # a leaf on a leaf, down to an array
             sums.append(np.abs(two.materialize()))
             one, two = one.base, two.base
-        if sums:
-            largest = np.maximum.reduce([*sums, np.abs(two)])
-            worst = max(worst, float(np.max(np.abs(one - two) / np.spacing(largest))))
+        largest = np.maximum.reduce([*sums, np.abs(two)])
+        worst = max(worst, float(np.max(np.abs(one - two) / np.spacing(largest))))
     return worst
 
 

@@ -215,10 +215,9 @@ def wrong(method: str, given: dict, params, learns):
     """A fault of each method, and its name."""
     swapped = dict(given)
     if method == "lora":
-        leaves = jax.tree_util.tree_map_with_path(
-            lambda where, x: x * RANK**0.5 if path_name(where).endswith("/scale") else x, params
-        )
-        return leaves, "alpha / sqrt(rank) and alpha / rank confused"
+        pairs = ("kernel/scale", "embedding/scale")  # a norm has a scale as well
+        scaled = lambda where, x: x * RANK**0.5 if path_name(where).endswith(pairs) else x  # noqa: E731
+        return jax.tree_util.tree_map_with_path(scaled, params), "alpha / sqrt(rank) and alpha / rank confused"
     if method == "prompt":
         swapped["prompt/embedding"] = swapped["prompt/embedding"][::-1]
         name = "the rows in the opposite order"

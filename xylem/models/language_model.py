@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
         if self.config.head == "tied_scaled":
             hidden = hidden * self.config.d_model**-0.5
         if is_leaf(weight):
-            return weight.einsum(equation, hidden).astype(jnp.float32)
+            return weight.einsum(equation, hidden.astype(jnp.float32))
         weight, kernels = jnp.asarray(weight), fused.choose(self.config.compute, jax.default_backend())
         if kernels.matmul and tied and hidden.dtype == weight.dtype == jnp.float32:
             logits = fused.few_rows(hidden.reshape(-1, hidden.shape[-1]), weight)

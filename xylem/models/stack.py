@@ -96,7 +96,8 @@ def layer_runs(module: nn.Module, block: nn.Module, num_layers: int, h: Array, c
 
 def _with(own: Any, once: Any) -> Any:
     """One layer's tree: what is its own, and where that is None what all layers share."""
-    return jax.tree.map(lambda a, b: b[0] if a is None else a, own, once, is_leaf=lambda x: x is None)
+    pick = lambda a, b: a if a is not None or b is None else b[0]  # noqa: E731
+    return jax.tree.map(pick, own, once, is_leaf=lambda x: x is None)
 
 
 def scan_layers(

@@ -11,6 +11,7 @@ was learned there is no entry, which counts as zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from xylem.errors import ConfigError
 from xylem.models.conversion import flatten, unflatten
-from xylem.models.leaves import LowRank, plain
+from xylem.models.leaves import LowRank, Quantized, plain
+from xylem.models.quantized import Quantized4
 from xylem.peft.merging import merge
-from xylem.peft.tree import Tree
+from xylem.peft.tree import Tree, unsplit
 
 Vector = dict[str, Array]
 
@@ -32,18 +34,27 @@ def difference(tuned: Tree, base: Tree) -> Vector:
         ConfigError: the two do not have the same weights.
         ValueError: it has grown nodes that are no part of a weight (``merging.merge``).
     """
-    weights, grafted, made = flatten(base), flatten(tuned), flatten(merge(tuned))
+    made = flatten(unsplit(merge(tuned)))
+    weights, grafted = flatten(unsplit(base)), flatten(tuned)
     if odd := sorted(set(weights) ^ set(made)):
         raise ConfigError("tuned", odd[0], "weights of the base, nothing more or less")
     found = {}
     for path, weight in weights.items():
-        leaf = grafted[path]
-        if isinstance(leaf, LowRank):
-            # Exactly, where (W + D) - W would round.
-            found[path] = LowRank(jnp.zeros(leaf.shape, leaf.dtype), leaf.a, leaf.b, leaf.scale).materialize()
-        elif leaf is not weight:
+        if isinstance(leaf := grafted.get(path), LowRank):
+            found[path] = _pairs(leaf, weight)
+        elif made[path] is not weight:
             found[path] = made[path] - plain(weight)
     return {path: delta for path, delta in found.items() if jnp.any(delta != 0)}
+
+
+def _pairs(leaf: LowRank | Any, weight: Any) -> Array:
+    """What pairs on pairs add to a weight: exactly, where (W + D) - W would round."""
+    total = jnp.zeros(leaf.shape, leaf.dtype)
+    while isinstance(leaf, LowRank) and leaf is not weight:
+        total = total + LowRank(jnp.zeros(leaf.shape, leaf.dtype), leaf.a, leaf.b, leaf.scale).materialize()
+        leaf = leaf.base
+    rounded = isinstance(leaf, Quantized | Quantized4)  # that was not learned
+    return total if leaf is weight or rounded else total + plain(leaf) - plain(weight)
 
 
 def apply(base: Tree, vector: Vector, strength: float = 1.0) -> Tree:
@@ -112,6 +123,8 @@ def dare(vector: Vector, key: PRNGKeyArray, density: float = 0.1) -> Vector:
 
 def _trim(vector: Vector, density: float) -> Vector:
     """Zeros but for the largest; all that equal the last one kept stay."""
+    if not vector:
+        return vector
     sizes = jnp.concatenate([jnp.abs(x).ravel() for x in vector.values()])
     kept = max(1, int(density * sizes.size))
     least = jnp.sort(sizes)[sizes.size - kept]

@@ -38,7 +38,7 @@ def fingerprint(params: Tree) -> str:
     for path, weight in sorted(arrays(params).items()):
         array = np.ascontiguousarray(weight)
         digest.update(f"{path} {array.shape} {array.dtype}\n".encode())
-        digest.update(array.data if array.size else b"")
+        digest.update(array.reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer of its own
     return digest.hexdigest()
 
 

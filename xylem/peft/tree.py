@@ -58,6 +58,18 @@ def split(params: Tree, at: int) -> Tree:
     return {**rest, **dict(zip(names, stacks, strict=True))}
 
 
+def unsplit(params: Tree) -> Tree:
+    """Undo ``split`` in every stack: runs of equal structure become one, ``layers``; others stay apart."""
+    whole = params | {name: unsplit(params[name]) for name in ("encoder", "decoder") if name in params}
+    names = runs(params)
+    stacks = [params[name] for name in names]
+    outline = lambda stack: jax.tree.map(lambda x: (x.shape[1:], x.dtype), stack)  # noqa: E731
+    if not names or any(outline(stack) != outline(stacks[0]) for stack in stacks):
+        return whole
+    rest = {name: part for name, part in whole.items() if name not in names}
+    return {**rest, "layers": stacks[0] if len(names) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)}
+
+
 def parts(params: Tree) -> dict[str, Tree]:
     """The tree cut into its runs, each under its path, and all that has no layer axis under ``""``.
 
@@ -136,6 +148,23 @@ def rewrite(params: Tree, targets: str, rule: Callable[[str, Any, PRNGKeyArray],
     keys = jax.random.split(key, len(found))
     made = {path: rule(path, weight, each) for (path, weight), each in zip(found.items(), keys, strict=True)}
     return unflatten(flatten(params) | made)
+
+
+def check_absent(params: Tree, method: str, *nodes: str) -> None:
+    """Raise ConfigError where the tree holds one of the nodes that a method adds: nothing learned is written over."""
+    held = next((path for path in flatten(params) if any(node in path.split("/") for node in nodes)), None)
+    if held is not None:
+        allowed = f"the base holds one already, {held}: begin with the base that it was grafted on"
+        raise ConfigError("method", method, allowed)
+
+
+def beside(path: str, targets: str, fields: tuple[str, ...]) -> bool:
+    """Whether a path is that of one of the ``fields`` of a graft on one of the matrices that ``targets`` finds.
+
+    Of the outermost one: what earlier grafts left lies below its ``base``.
+    """
+    weight, _, field = path.rpartition("/")
+    return field in fields and weight.endswith(("kernel", "embedding")) and matches(targets, weight)
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from xylem.data.pipeline import Prepared, TrainIterator
 from xylem.data.tokenizers import Tokenizer
+from xylem.errors import ConfigError
 from xylem.models import heads
 from xylem.models.language_model import LanguageModel
 from xylem.peft import saving
@@ -28,6 +30,7 @@ from xylem.training.program import Start, assemble
 from xylem.training.state import TrainState
 
 ADAPTER = "adapter"  # in the run folder, at its end
+SCALES = ("kernel/scale", "embedding/scale", "base/scale")  # of pairs and triplets
 
 
 def finetune(config: FinetuneConfig, params: Any, tokenizer: Tokenizer, argv: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,7 +64,15 @@ def start_of(config: FinetuneConfig, params: Any, data: Prepared) -> Start:
 
     def trains(grafted: Any) -> Any:
         learns = method.trainable(grafted, config.method)
-        return lambda path, weight: learns(path, weight) or path.startswith(fresh)
+
+        def chosen(path: str, weight: Any) -> bool:  # a pair's scale is a constant, whatever a pattern finds
+            return (learns(path, weight) or path.startswith(fresh)) and not path.endswith(SCALES)
+
+        for path, weight in saving.arrays(grafted).items():
+            if chosen(path, weight) and not jnp.issubdtype(weight.dtype, jnp.inexact):
+                allowed = f"it would teach {path}, which holds integers: begin with a base that is not quantized"
+                raise ConfigError("method", config.method.name, allowed)
+        return chosen
 
     return Start(
         make,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from xylem.errors import ConfigError
 from xylem.models.config import ModelConfig, Seq2SeqConfig, TransformerConfig
 from xylem.peft.config import (
     AdaLoRAConfig,
@@ -63,6 +64,16 @@ class FinetuneConfig(RunConfig):
     method: MethodConfig = field(default_factory=LoRAConfig)
     labels: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        super().__post_init__()
+        virtual = self.method.length if isinstance(self.method, PromptConfig | PrefixConfig) else 0
+        room = room_for(self.model, virtual)
+        if self.data.sequence_length > room:
+            allowed = f"at most {room}: the model's {self.model.max_length} positions less method.length = {virtual}"
+            raise ConfigError("data.sequence_length", self.data.sequence_length, allowed)
+        if isinstance(self.method, AdaLoRAConfig) and self.ema is not None:
+            raise ConfigError("ema", self.ema, "None: the average of values that come and go exceeds AdaLoRA's budget")
+
     @property
     def objectives(self) -> tuple[Objective, ...]:
         """What the base can be taught by."""
@@ -74,6 +85,13 @@ HEADS: dict[Objective, Literal["classifier", "tagger"]] = {
     "classification": "classifier",
     "token_classification": "tagger",
 }
+
+
+def room_for(model: ModelConfig, virtual: int) -> int:
+    """The longest row beside so many virtual tokens: a learned position each, where a network learns those."""
+    side = model.decoder if isinstance(model, Seq2SeqConfig) else model
+    learned = isinstance(side, TransformerConfig) and side.positions.kind == "learned"
+    return model.max_length - virtual if learned else model.max_length
 
 
 def taught_by(model: ModelConfig) -> tuple[Objective, ...]:

@@ -20,8 +20,10 @@ from xylem.training.schedules import make_schedule
 
 
 def decays(path: str) -> bool:
-    """Whether weight decay applies: to matrices and embeddings, never to biases, norm scales and Mamba's A and D."""
-    return path.rsplit("/", 1)[-1] not in ("bias", "scale", "A_log", "D")
+    """Whether weight decay applies: to matrices and embeddings, never to biases, norm scales and Mamba's A and D, nor
+    to what grafts stretch by, weigh or begin with."""
+    plain = ("bias", "scale", "A_log", "D")
+    return path.rsplit("/", 1)[-1] not in (*plain, "stretch", "magnitude", "values", "start")
 
 
 def is_hidden_matrix(path: str) -> bool:

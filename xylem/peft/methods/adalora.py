@@ -19,9 +19,10 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from xylem.errors import ConfigError
 from xylem.models.leaves import Grafted, LowRank
 from xylem.peft.config import AdaLoRAConfig
-from xylem.peft.tree import Predicate, Tree, rewrite
+from xylem.peft.tree import Predicate, Tree, beside, rewrite
 
 STD = 0.02  # of P and Q (QingruZhang/AdaLoRA, loralib/adalora.py, reset_parameters)
 
@@ -76,7 +77,7 @@ def graft(params: Tree, key: PRNGKeyArray, config: AdaLoRAConfig) -> Tree:
 
 def trainable(params: Tree, config: AdaLoRAConfig) -> Predicate:
     """P, Q and the values."""
-    return lambda path, _: path.endswith(("/a", "/b", "/values"))
+    return lambda path, _: beside(path, config.targets, ("a", "b", "values"))
 
 
 def penalty(params: Tree, config: AdaLoRAConfig) -> Float[Array, ""]:
@@ -98,8 +99,14 @@ def schedule(config: AdaLoRAConfig, steps: int, first: int, last: int) -> tuple[
     """How many values may stay after each of the steps 0 to ``steps``, after which they are chosen, and the last such.
 
     The budget is ``first``, then comes down to ``last`` along a cubic (equation 12), then stands.
+
+    Raises:
+        ConfigError: so few steps that warm-up and settling meet.
     """
     start, end = round(config.warmup * steps), steps - round(config.settle * steps)
+    if end <= start:
+        allowed = f"of {steps} steps none would be left between warmup = {config.warmup} and it"
+        raise ConfigError("method.settle", config.settle, allowed)
     budgets, chosen = np.full(steps + 1, first), np.zeros(steps + 1, bool)
     for step in range(start + 1, steps + 1):
         left = max(0.0, 1 - (step - start) / (end - start))
@@ -156,7 +163,7 @@ def optimizer(inner: optax.GradientTransformation, config: AdaLoRAConfig, steps:
         cuts = chooses | (step > end)
 
         def cut(change: Any, kept: Any, weight: Any) -> Any:
-            if not _is_triplets(change):
+            if kept is None:
                 return change
             # The weight's own negative: what is added up is zero to the bit.
             return change.replace(values=jnp.where(cuts & ~kept, -weight.values, change.values))
@@ -196,11 +203,16 @@ def _is_triplets(value: Any) -> bool:
     return isinstance(value, Triplets)
 
 
+def _learn(value: Any) -> bool:
+    """Whether triplets learn: those of an earlier task, on a matrix that is no target now, are left out."""
+    return _is_triplets(value) and value.values is not None
+
+
 def _triplets(params: Tree) -> list[Triplets]:
-    return [x for x in jax.tree.leaves(params, is_leaf=_is_triplets) if _is_triplets(x)]
+    return [x for x in jax.tree.leaves(params, is_leaf=_is_triplets) if _learn(x)]
 
 
 def _only(params: Tree) -> Tree:
     """What is scored, None in place of all else."""
-    keep = lambda x: x.replace(base=None, scale=None) if _is_triplets(x) else None  # noqa: E731
+    keep = lambda x: x.replace(base=None, scale=None) if _learn(x) else None  # noqa: E731
     return jax.tree.map(keep, params, is_leaf=_is_triplets)

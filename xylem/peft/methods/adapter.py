@@ -12,14 +12,19 @@ from jaxtyping import Array, PRNGKeyArray
 
 from xylem.models.conversion import flatten, unflatten
 from xylem.peft.config import AdapterConfig
-from xylem.peft.tree import Predicate, Tree
+from xylem.peft.tree import Predicate, Tree, check_absent
 
 # Behind which matrix an adapter stands: a sublayer's last.
 SUBLAYERS = {"attention/output": "attention_adapter", "mlp/down": "mlp_adapter", "mixer/output": "mixer_adapter"}
 
 
 def graft(params: Tree, key: PRNGKeyArray, config: AdapterConfig) -> Tree:
-    """The tree with adapters in every layer of every stack; the network computes nearly what it did."""
+    """The tree with adapters in every layer of every stack; the network computes nearly what it did.
+
+    Raises:
+        ConfigError: it has some already.
+    """
+    check_absent(params, "adapter", *SUBLAYERS.values())
     flat = flatten(params)
     added: dict[str, Array] = {}
     for index, (path, weight) in enumerate(sorted(flat.items())):

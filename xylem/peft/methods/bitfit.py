@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
@@ -35,4 +37,5 @@ def trainable(params: Tree, config: BitFitConfig) -> Predicate:
 
 def is_bias(path: str) -> bool:
     """Whether a weight is a bias of the trunk."""
-    return path.endswith("/bias") and ("layers" in path or "norm/" in path) and "_adapter/" not in path
+    inside = re.search(r"(^|/)(layers|lstm)(_\d+)?/|norm/", path) is not None
+    return path.endswith("/bias") and inside and "_adapter/" not in path

@@ -14,13 +14,21 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
+from xylem.errors import ConfigError
+from xylem.models.conversion import flatten
 from xylem.peft import tree
 from xylem.peft.config import ChildConfig
 from xylem.peft.tree import Predicate, Tree, matches
 
 
 def graft(params: Tree, key: PRNGKeyArray, config: ChildConfig) -> Tree:
-    """The tree itself."""
+    """The tree itself.
+
+    Raises:
+        ConfigError: no weight competes for a ``fisher`` mask, by which all would learn.
+    """
+    if config.mask == "fisher" and not any(matches(config.targets, path) for path in flatten(params)):
+        raise ConfigError("targets", config.targets, f"it must find some of {', '.join(flatten(params))}")
     return params
 
 

@@ -17,7 +17,7 @@ from xylem.errors import ConfigError
 from xylem.models.leaves import Grafted, LowRank, aligned
 from xylem.peft.config import DoRAConfig
 from xylem.peft.methods import lora
-from xylem.peft.tree import Predicate, Tree, rewrite
+from xylem.peft.tree import Predicate, Tree, beside, rewrite
 
 
 @struct.dataclass
@@ -81,4 +81,10 @@ def graft(params: Tree, key: PRNGKeyArray, config: DoRAConfig) -> Tree:
 
 def trainable(params: Tree, config: DoRAConfig) -> Predicate:
     """A, B and the lengths."""
-    return lambda path, _: path.endswith(("/a", "/b", "/magnitude"))
+
+    def learns(path: str, _: Any) -> bool:
+        pair = path.replace("/base/", "/", 1)  # it lies below the lengths
+        inner = pair != path and beside(pair, config.targets, ("a", "b"))
+        return inner or beside(path, config.targets, ("magnitude",))
+
+    return learns

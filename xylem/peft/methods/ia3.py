@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from xylem.errors import ConfigError
 from xylem.models.leaves import Grafted, aligned, bias_of, contract, plain, take
 from xylem.peft.config import IA3Config
-from xylem.peft.tree import Predicate, Tree, matches, rewrite
+from xylem.peft.tree import Predicate, Tree, beside, matches, rewrite
 
 PLACES = r"/((cross_)?attention|mlp|mixer)/|(^|/)embed/"
 
@@ -76,4 +76,4 @@ def graft(params: Tree, key: PRNGKeyArray, config: IA3Config) -> Tree:
 
 def trainable(params: Tree, config: IA3Config) -> Predicate:
     """The vectors."""
-    return lambda path, _: path.endswith("/stretch")
+    return lambda path, _: beside(path, f"(?:{config.outputs})|(?:{config.inputs})", ("stretch",))

@@ -15,7 +15,7 @@ from jaxtyping import PRNGKeyArray
 
 from xylem.models.leaves import LowRank
 from xylem.peft.config import LoRAConfig
-from xylem.peft.tree import Predicate, Tree, rewrite
+from xylem.peft.tree import Predicate, Tree, beside, rewrite
 from xylem.sharding import path_name
 
 
@@ -41,8 +41,8 @@ def pair(path: str, weight: Any, key: PRNGKeyArray, config: LoRAConfig) -> LowRa
 
 
 def trainable(params: Tree, config: LoRAConfig) -> Predicate:
-    """A and B; where the base holds pairs already, those on top."""
-    return lambda path, _: path.endswith(("/a", "/b")) and "/base/" not in path
+    """A and B of the targets; where the base holds pairs already, those on top."""
+    return lambda path, _: beside(path, config.targets, ("a", "b"))
 
 
 def optimizer(inner: optax.GradientTransformation, config: LoRAConfig, steps: int) -> optax.GradientTransformation:

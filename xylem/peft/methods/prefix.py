@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from xylem.errors import ConfigError
 from xylem.models.stack import run_length, runs
 from xylem.peft.config import PrefixConfig
-from xylem.peft.tree import Predicate, Tree
+from xylem.peft.tree import Predicate, Tree, check_absent
 
 SITES = ("attention", "cross_attention")
 
@@ -25,8 +25,9 @@ def graft(params: Tree, key: PRNGKeyArray, config: PrefixConfig) -> Tree:
     """The tree with a prefix at every attention: in its layers, or as a ``prefix`` node beside them to be folded.
 
     Raises:
-        ConfigError: a network without attention.
+        ConfigError: a network without attention, or with a prefix already.
     """
+    check_absent(params, "prefix", "prefix")
     sides = {name: params[name] for name in ("encoder", "decoder") if name in params}
     if sides:
         keys = jax.random.split(key, len(sides))

@@ -10,15 +10,16 @@ from xylem.errors import ConfigError
 from xylem.models.leaves import take
 from xylem.models.stack import runs
 from xylem.peft.config import PromptConfig
-from xylem.peft.tree import Predicate, Tree
+from xylem.peft.tree import Predicate, Tree, check_absent
 
 
 def graft(params: Tree, key: PRNGKeyArray, config: PromptConfig) -> Tree:
     """The tree with a prompt: ``prompt/embedding``, begun as embeddings of real tokens (section 3.2).
 
     Raises:
-        ConfigError: an id that the table lacks, or a network that reads no virtual tokens.
+        ConfigError: an id that the table lacks, a network that reads no virtual tokens, or that has a prompt already.
     """
+    check_absent(params, "prompt", "prompt")
     trunk = params.get("encoder", params)
     if "embed" not in params or not any({"attention", "mixer"} & set(trunk[name]) for name in runs(trunk)):
         raise ConfigError("method", "prompt", "transformers and Mamba read virtual tokens, this network does not")

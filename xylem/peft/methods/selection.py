@@ -33,12 +33,15 @@ def graft(params: Tree, key: PRNGKeyArray, config: SelectionConfig) -> Tree:
 
 
 def trainable(params: Tree, config: SelectionConfig) -> Predicate:
-    """The last run of layers, and what the pattern finds."""
+    """The last runs of layers, and what the pattern finds."""
     side, prefix = (params["decoder"], "decoder/") if "decoder" in params else (params, "")
-    last = f"{prefix}{runs(side)[-1]}/" if config.last else None
+    last, left = [], config.last
+    for name in reversed(runs(side)):
+        if left > 0:  # ``graft`` has cut a run where the last layers begin
+            last, left = [*last, f"{prefix}{name}/"], left - run_length(side[name])
 
     def learns(path: str, _: object) -> bool:
         named = config.targets is not None and matches(config.targets, path)
-        return named or (last is not None and path.startswith(last))
+        return named or path.startswith(tuple(last))
 
     return learns

@@ -12,15 +12,16 @@ from xylem.errors import ConfigError
 from xylem.models.conversion import flatten
 from xylem.models.stack import runs
 from xylem.peft.config import StateConfig
-from xylem.peft.tree import Predicate, Tree
+from xylem.peft.tree import Predicate, Tree, check_absent
 
 
 def graft(params: Tree, key: PRNGKeyArray, config: StateConfig) -> Tree:
     """The tree with states of zero, ``mixer/start`` (L, Z, I), in every layer; the network computes what it did.
 
     Raises:
-        ConfigError: a network without such states.
+        ConfigError: a network without such states, or one in which they have learned already.
     """
+    check_absent(params, "state", "start")
     names = [name for name in runs(params) if "mixer" in params[name]]
     if not names:
         attends = any("attention" in part for part in flatten(params))
