@@ -42,6 +42,7 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 _proofs: list[dict] = []
+_seeds: dict[str, str] = {}
 
 
 def pytest_addoption(parser) -> None:
@@ -97,8 +98,20 @@ def module_seed(request) -> int:
 
 def _seed(request) -> int:
     seed = int(os.environ.get("XYLEM_TEST_SEED", secrets.randbits(31)))
-    print(f"XYLEM_TEST_SEED={seed} pytest '{request.node.nodeid}'")
+    _seeds[request.node.nodeid] = f"XYLEM_TEST_SEED={seed} pytest '{request.node.nodeid}'"
     return seed
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Every failure tells the seeds that were drawn for it: the test's own, its file's, and the grid's widths."""
+    report = yield
+    told = [line for node, line in _seeds.items() if item.nodeid == node or item.nodeid.startswith(f"{node}::")]
+    if "grid" in sys.modules:
+        told.append(f"XYLEM_GRID_SEED={sys.modules['grid'].SEED} repeats the widths of tests/grid.py")
+    if report.failed and told:
+        report.sections.append(("seeds", "\n".join(told)))
+    return report
 
 
 @pytest.fixture

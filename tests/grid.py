@@ -57,6 +57,24 @@ SETTINGS = {
     "relora": configs.ReLoRAConfig(RANK, ALPHA, every=7, rewarm=2),
     "state": configs.StateConfig(),
 }
+# The paths of what each setting shall teach, and nothing else.
+_PAIR, _NORM, _PREFIX = r"(kernel|embedding)/[ab]$", r"norm/(scale|bias)$", r"prefix/(cross_)?attention/"
+_BIAS = r"layers/.*/bias$|norm/bias$"
+LEARNS = dict.fromkeys(("lora", "rslora", "qlora", "fp4", "int8", "olora", "relora"), _PAIR) | {
+    "dora": r"kernel/(base/[ab]|magnitude)$",
+    "ia3": r"(attention/(key|value)|mlp/down|mixer/(input|output))/kernel/stretch$",
+    "houlsby": rf"(attention|mlp|mixer)_adapter/(down|up)/(kernel|bias)$|{_NORM}",
+    "pfeiffer": rf"(mlp|mixer)_adapter/(down|up)/(kernel|bias)$|{_NORM}",
+    "prompt": r"^prompt/embedding$",
+    "prefix": rf"{_PREFIX}(embedding|(down|up)/(kernel|bias))$",
+    "bitfit": _BIAS,
+    "added": _BIAS,
+    "last": r"^(decoder/)?layers_1/",
+    "norms": _NORM,
+    "child": "",
+    "adalora": r"kernel/(a|b|values)$",
+    "state": r"^layers/mixer/start$",
+}
 NAMES = {"rslora": "lora", "fp4": "qlora", "int8": "qlora", "houlsby": "adapter", "pfeiffer": "adapter"}
 NAMES |= {"added": "bitfit", "last": "selection", "norms": "selection"}
 ROUNDED = ("qlora", "fp4", "int8")  # they make a base of few bits
@@ -103,7 +121,6 @@ def module_of(family: str):
 
 def base_of(family: str, seed: int):
     """Random weights: no zero, no one."""
-    print(f"XYLEM_GRID_SEED={SEED} repeats these widths")
     params = random_weights(module_of(family), jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
     if family != "t5":
         return params

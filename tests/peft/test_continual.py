@@ -51,20 +51,19 @@ def train(trainable, frozen, tokens, steps=80, weight=0.0):
 
 @pytest.fixture(scope="module")
 def learned(module_seed):
-    """A base, a plug-in a task, texts of each, and what one shared adapter loses: (after each task, on each task)."""
+    """A base, a plug-in a task, texts of each, and one shared adapter's losses: [after each task][on each task]."""
     rng, base = np.random.default_rng(module_seed), base_of("llama", module_seed)
     data, keys = [texts(rng, task) for task in range(TASKS)], jax.random.split(jax.random.key(module_seed), TASKS)
-    before, plugins = [], []
+    plugins = []
     for key, tokens in zip(keys, data, strict=True):
         own, frozen = partition(peft.lora(base, key, rank=3), continual.newest)
         plugins.append(combine(train(own, frozen, tokens)[0], frozen))
-        before.append(logits(plugins[-1], tokens))
     shared, frozen = partition(peft.lora(base, keys[0], rank=3), continual.newest)
     losses = []
     for tokens in data:
         shared, _ = train(shared, frozen, tokens)
         losses.append([float(loss(shared, frozen, each)) for each in data])
-    return module_seed, base, plugins, data, before, losses
+    return module_seed, base, plugins, data, losses
 
 
 @jax.jit
@@ -72,16 +71,11 @@ def logits(params, tokens):
     return module_of("llama").apply({"params": params}, tokens).logits
 
 
-def test_plugins_forget_nothing_and_a_shared_adapter_does(learned):
-    _, base, plugins, data, before, losses = learned
-    for plugin, tokens, then in zip(plugins, data, before, strict=True):
-        np.testing.assert_array_equal(logits(plugin, tokens), then)
+def test_each_plugin_learns_its_task_and_a_shared_adapter_forgets(learned):
+    """Plug-ins forget nothing by construction: none reads what another learned."""
+    _, base, plugins, data, losses = learned
+    for plugin, tokens in zip(plugins, data, strict=True):
         own, frozen = partition(plugin, continual.newest)
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            frozen,
-            partition(peft.lora(base, jax.random.key(0), rank=3), continual.newest)[1],
-        )
         untaught = loss(*partition(base, continual.newest), tokens)
         assert loss(own, frozen, tokens) < untaught - 1.0
     first, last = losses[0][0], losses[-1][0]
@@ -90,7 +84,7 @@ def test_plugins_forget_nothing_and_a_shared_adapter_does(learned):
 
 
 def test_texts_find_their_plugin_and_are_served_in_one_batch(learned):
-    seed, base, plugins, _, _, _ = learned
+    seed, base, plugins, _, _ = learned
     rng, read = np.random.default_rng(seed + 1), partial(continual.features, module_of("llama"), base)
     many = [texts(rng, task, 64) for task in range(TASKS)]
     centres = continual.centroids([read(tokens) for tokens in many])
@@ -110,7 +104,7 @@ def test_texts_find_their_plugin_and_are_served_in_one_batch(learned):
 
 
 def test_features_pass_over_padding(learned):
-    _, base, _, data, _, _ = learned
+    _, base, _, data, _ = learned
     tokens = data[0][:2]
     padded = jnp.pad(tokens, [(0, 0), (0, 4)], constant_values=VOCAB - 1)
     segments = (jnp.arange(T + 4)[None] < T).astype(jnp.int32) * jnp.ones((2, 1), jnp.int32)
@@ -119,20 +113,22 @@ def test_features_pass_over_padding(learned):
 
 
 def test_the_orthogonal_term_is_that_of_its_code_and_turns_the_new_pair_away(learned, proof):
-    seed, _, plugins, data, _, _ = learned
+    seed, _, plugins, data, _ = learned
     stacked = peft.lora(plugins[0], jax.random.key(seed), rank=2)
     own, frozen = partition(stacked, continual.newest)
     names = [leaf for leaf in flatten(own).values() if isinstance(leaf, LowRank)]
     assert all(leaf.a.shape[-1] == 2 and leaf.base.a is None for leaf in names)
-    reference = 0.0
+    reference = squares = 0.0
     for leaf in flatten(stacked).values():
         if isinstance(leaf, LowRank):
             # torch.abs(torch.mm(old, new.T)).sum() for each module, matrices (rank, inputs)
             old, new = (np.asarray(x.mT, np.float64) for x in (leaf.base.a, leaf.a))
             reference += sum(np.abs(a @ b.T).sum() for a, b in zip(old, new, strict=True))
+            squares += sum(np.square(a @ b.T).sum() for a, b in zip(old, new, strict=True))
+    assert abs(squares - reference) > 1e-2 * reference
     error = abs(float(continual.overlap(stacked)) - reference) / reference
     assert continual.overlap(plugins[0]) == 0, "one task overlaps with none"
     ends = [combine(train(own, frozen, data[1], weight=weight)[0], frozen) for weight in (0.0, 0.3)]
     free, turned = (float(continual.overlap(end)) for end in ends)
     assert turned < 0.3 * free, (free, turned)
-    proof("O-LoRA: the orthogonal term", "NumPy, |A_old A_new^T|", error, 1e-5, seed, "weight 0: the overlap stays")
+    proof("O-LoRA: the orthogonal term", "NumPy, |A_old A_new^T|", error, 1e-5, seed, "squares, as in the paper")

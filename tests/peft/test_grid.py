@@ -1,5 +1,6 @@
 """The whole grid: what holds of every method on every family."""
 
+import re
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from grid import (
     CELLS,
     FEW,
+    LEARNS,
     MEASURED,
     ROUNDED,
     SETTINGS,
@@ -68,6 +70,13 @@ def test_fresh_leaves_contract_as_their_bases_do_to_the_bit(cell):
             contracted, expected = (contract("...i,io->...o", x, weight) for weight in (first, own))
             bar = 1e-6 if isinstance(leaf, Stretched) else 0.0  # lengths over themselves are 1 within rounding
             assert apart([contracted], [expected]) <= bar, path
+
+
+def test_what_learns_is_what_shall(cell):
+    method, _, _, grafted, _, _ = cell
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(grafted)]
+    shall = {path for path in paths if re.search(LEARNS[method], path)}
+    assert shall and shall == {path for path in paths if learns(method, grafted)(path, None)}
 
 
 @pytest.fixture
@@ -201,9 +210,14 @@ def test_a_cache_sees_the_graft(method, family, holds, rng_seed):
         else:
             whole = module.apply({"params": params}, tokens).logits
             cache, more = module.init_cache(tokens.shape[0], tokens.shape[1], params), ()
-        first = module.apply({"params": params}, *more, tokens[:, :4], cache=cache)
-        rest = module.apply({"params": params}, *more, tokens[:, 4:], cache=first.cache)
-        return whole, jnp.concatenate([first.logits, rest.logits], axis=1)
+        first = module.apply({"params": params}, *more, tokens[:, :3], cache=cache)
+
+        def step(cache, token):
+            out = module.apply({"params": params}, *more, token[:, None], cache=cache)
+            return out.cache, out.logits[:, 0]
+
+        _, rest = jax.lax.scan(step, first.cache, tokens[:, 3:].T)
+        return whole, jnp.concatenate([first.logits, jnp.swapaxes(rest, 0, 1)], axis=1)
 
     whole, parts = both(params)
     holds("cached", (method, family), apart([parts], [whole]), ROUNDING)

@@ -67,7 +67,8 @@ def test_the_search_finds_a_planted_mixture(five):
     single = [lorahub.objective(loss(adapter), np.eye(5)[i]) for i, adapter in enumerate(adapters)]
     nothing = lorahub.objective(loss(base), np.zeros(5))
     print(f"objective: found {found:.4f} at {weights}, best single {min(single):.4f}, none {nothing:.4f}")
-    assert found < min(*single, nothing)
+    # Forty evaluations of five weights come near, not there: COBYLA's first steps are the adapters alone.
+    assert found < 0.7 * min(*single, nothing)
     assert lorahub.objective(2.0, np.array([1.0, -0.5])) == 2.0 + 0.05 * 0.75, "algorithm.py, default_l1_regularization"
 
 

@@ -71,7 +71,7 @@ def test_kernels_in_layers_are_rounded_and_the_rest_is_as_it_was(case):
 
 
 def test_gradients_are_those_of_the_decoded_base(case, rng_seed, proof):
-    _, grafted, away = case
+    base, _, away = case
     batch = batch_of(rng_seed)
 
     @jax.jit
@@ -81,9 +81,11 @@ def test_gradients_are_those_of_the_decoded_base(case, rng_seed, proof):
         return jax.tree.leaves(jax.grad(loss)(trainable))
 
     reference = slope(on_dense(away))
-    assert apart(slope(on_dense(grafted)), reference, floor=1e-3) > 1e-3
+    undecoded = jax.tree.map(lambda x, w: x.replace(base=w) if is_leaf(x) else x, away, base, is_leaf=is_leaf)
+    assert apart(slope(undecoded), reference, floor=1e-3) > 1e-3
     error = apart(slope(away), reference, floor=1e-3)
-    proof("QLoRA (llama): adapters' gradients", "LoRA on the decoded base", error, 1e-5, rng_seed, "fresh adapters")
+    fault = "the base before it was rounded"
+    proof("QLoRA (llama): adapters' gradients", "LoRA on the decoded base", error, 1e-5, rng_seed, fault)
 
 
 def test_a_step_moves_adapters_alone_and_they_alone_have_moments(case, rng_seed):
@@ -190,7 +192,8 @@ def test_paged_moments_lie_on_the_host_and_move_as_others_do(case, rng_seed):
     kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(ends[name].optimizer) if x.ndim} for name in ends]
     assert kinds == [{"device"}, {HOST}]
     assert {x.sharding.memory_kind for x in jax.tree.leaves(ends["paged"].trainable)} == {"device"}
-    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, end) for end in ends.values()))
+    assert apart(*(jax.tree.map(np.asarray, end.trainable) for end in ends.values())) <= 1e-6, "two programs"
+    assert apart(*(jax.tree.map(np.asarray, end.optimizer) for end in ends.values()), floor=1e-3) <= 1e-5
 
 
 def test_recomputed_layers_give_the_same_gradient(case, rng_seed):

@@ -58,8 +58,8 @@ def test_rows_may_come_in_any_order_and_without_an_adapter(many):
     out = forward(slora.assign(pool, ids), tokens)
     np.testing.assert_array_equal(forward(slora.assign(pool, ids[order]), tokens[order]), out[order])
     plain = forward(base, tokens)
-    np.testing.assert_array_equal(out[::5], plain[::5])
-    assert all(jnp.any(out[row] != plain[row]) for row in range(REQUESTS) if row % 5)
+    assert apart([out[::5]], [plain[::5]]) <= 1e-6, "of another program: within rounding"
+    assert all(apart([out[row]], [plain[row]]) > 1e-4 for row in range(REQUESTS) if row % 5)
 
 
 def test_other_ids_and_another_adapter_are_the_same_program(many):

@@ -1,6 +1,7 @@
 """``scripts/finetune.py`` as a user calls it, with methods and objectives that every run of the tests draws anew."""
 
 import json
+import sys
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ from small import random_weights
 
 from xylem import models
 from xylem.data.tokenizers import byte_level
+from xylem.errors import ConfigError
 from xylem.models import gpt, hub, llama, mamba
 from xylem.models.conversion import flatten
 from xylem.peft.calls import METHODS
@@ -92,3 +94,37 @@ def learns(method, objective, base, files, seed, run_dir):
         apart = open_any(str(run_dir / "adapter"))
         for path, leaf in flatten(tuned.params).items():
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), leaf, flatten(apart.params)[path])
+
+
+def refused(said, base, *flags):
+    with pytest.raises(ConfigError, match=said):
+        script("finetune")([str(base), *map(str, flags)])
+
+
+def test_what_a_method_cannot_do_is_named_before_anything_runs(bases, files, tmp_path):
+    where = ("--data.corpus", files / "answers.jsonl", "--data.cache-dir", files, "--run-dir", tmp_path / "run")
+    said = r"data.sequence_length: 32 is not possible; at most 25: the model's 32 positions less method.length = 7"
+    refused(said, bases / "gpt2", "--method", "prompt", "--method.length", 7, "--data.sequence-length", 32, *where)
+    refused(
+        r"method.every: 5000 is not possible; less than steps = 9", bases / "llama", "--method", "relora", "--steps", 9
+    )
+    rates = ("--method.every", 3, "--method.rewarm", 1, "--steps", 9, "--optimizer.schedule", "linear")
+    refused(r"optimizer.schedule: 'linear' is not possible; cosine", bases / "llama", "--method", "relora", *rates)
+    refused(r"ema: 0.9 is not possible; None: ", bases / "llama", "--method", "adalora", "--ema", 0.9, *where)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pattern_alone_selects_what_it_finds(bases):
+    script("finetune")
+    parse, model = sys.modules["script_finetune"].parse, open_any(str(bases / "gpt2"))
+    rows = ["--data.sequence-length", "16"]
+    for flags, chosen in (
+        ([], (1, None)),
+        (["--method.targets", "norm/"], (0, "norm/")),
+        (["--method.last", "2"], (2, None)),
+        (["--method.last=2", "--method.targets=norm/"], (2, "norm/")),
+    ):
+        method = parse(str(bases / "gpt2"), "selection", model, rows + flags).method
+        assert (method.last, method.targets) == chosen
+    lengths = [parse(str(bases / "gpt2"), method, model, []).data.sequence_length for method in ("lora", "prompt")]
+    assert lengths == [32, 12], "a learned position for each virtual token"

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from small import init
 
 from xylem import models
-from xylem.data import conversations
+from xylem.data import conversations, pipeline
 from xylem.data.config import DataConfig
 from xylem.data.pipeline import TrainIterator
 from xylem.data.tokenizers import byte_level
@@ -36,7 +36,7 @@ from xylem.training import paging
 from xylem.training.checkpoint import load_params
 from xylem.training.config import MeshConfig, OptimizerConfig
 from xylem.training.evaluate import evaluate
-from xylem.training.finetune import finetune
+from xylem.training.finetune import finetune, start_of
 from xylem.training.finetune_config import FinetuneConfig
 from xylem.training.judging import judge_texts, judge_words
 from xylem.training.loop import pretrain
@@ -246,7 +246,9 @@ def test_moments_on_the_host_change_nothing(base, files, folder, tmp_path):
             finetune(replace(config, optimizer=rates, steps=steps), model.params, model.tokenizer)
         ends[name] = load_params(config.run_dir, entries=("trainable",))[0]
     for name in ("host", "both"):
-        jax.tree.map(np.testing.assert_array_equal, ends["device"], ends[name])
+        # Another program, within rounding: of the mean, for Adam makes a step of the smallest gradient.
+        pairs = zip(*(jax.tree.leaves(saving.arrays(ends[each])) for each in ("device", name)), strict=True)
+        assert max(float(np.abs(x - y).mean() / np.abs(x).mean()) for x, y in pairs) <= 1e-5
     mesh = make_mesh(data=1, devices=jax.devices()[:1])
     program = assemble(replace(config, optimizer=replace(config.optimizer, memory="host")), mesh)
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(program.abstract.optimizer) if x.ndim}
@@ -315,6 +317,20 @@ def test_a_base_that_is_a_run_is_cut_over_devices(base, files, folder, tmp_path)
         losses.append([row["loss"] for row in map(json.loads, rows) if "loss" in row])
     assert len(losses[0]) == 2 and losses[0][0] != losses[0][1]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_what_is_quantized_cannot_learn(base, files, folder):
+    model = open_any(base)
+    rounded = METHODS["qlora"].graft(model.params, jax.random.key(0), peft.QLoRAConfig(2, block=4))
+    for method in (peft.ChildConfig(), peft.SelectionConfig(targets="mlp"), peft.ReLoRAConfig(others="learn")):
+        config, _ = run(base, files, folder, "causal_lm", method)
+        with pytest.raises(ConfigError, match=r"method: '\w+' is not possible; it would teach .* holds integers"):
+            start_of(config, rounded, pipeline.prepare(config.data)).trains(rounded)
+    config, _ = run(base, files, folder, "causal_lm", peft.ChildConfig())
+    paired = METHODS["lora"].graft(model.params, jax.random.key(0), peft.LoRAConfig(2))
+    learns = start_of(config, paired, pipeline.prepare(config.data)).trains(paired)
+    still = {path for path, weight in saving.arrays(paired).items() if not learns(path, weight)}
+    assert still and all(path.endswith("kernel/scale") for path in still), "a pair's scale is a constant"
 
 
 def test_devices_without_host_memory_are_named(base, files, folder, monkeypatch):
