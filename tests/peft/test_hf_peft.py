@@ -173,9 +173,10 @@ def as_our_prefix(named: dict, layers: int) -> dict:
 
 
 def arguments(rng, model_config, vocabulary: int):
-    batch = {"tokens": random_tokens(rng, vocabulary, 3, 7)}
+    """Of more tokens than a matrix has inputs: by fewer, a pair's product is not the one with gradients of its own."""
+    batch = {"tokens": random_tokens(rng, vocabulary, 7, 11)}
     if model_config.family == "t5":
-        batch["decoder_tokens"] = random_tokens(rng, vocabulary, 3, 5)
+        batch["decoder_tokens"] = random_tokens(rng, vocabulary, 7, 9)
     last = batch.get("decoder_tokens", batch["tokens"])
     return batch, rng.integers(0, vocabulary, last.shape)
 
@@ -194,8 +195,8 @@ def placed(params, given: dict):
 
 
 def ours(model_config, method: str, params, learns, batch, labels, compile=jax.jit):
-    """Logits, and gradients by path."""
-    module = build(model_config.with_compute(Compute(layers="scan", kernels="plain")))
+    """Logits, and gradients by path, as a CPU computes them unless told otherwise."""
+    module = build(model_config.with_compute(Compute(layers="scan", kernels="fused")))
     batch, labels = jax.tree.map(jnp.asarray, (batch, labels))
     run = compile(_slopes, static_argnums=(0, 1))
     slopes, logits = run(module, method, *partition(params, learns), batch, labels)

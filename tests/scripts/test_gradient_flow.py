@@ -36,6 +36,7 @@ def test_gradient_flow_vanishes_in_the_rnn_before_the_lstm_and_moves_with_traini
     assert f"{born['rnn']['mean'][-1]:.1f}" in out and "rnn: step 3/3" in out
 
 
+@pytest.mark.slow
 def test_gradient_flow_of_a_run_is_that_of_its_model(flags, tmp_path):
     text, run = flags[:6], str(tmp_path / "run")
     tiny = ("--model.d-model", "12", "--model.num-layers", "1", "--model.vocab-size", "257", "--batch-size", "8")

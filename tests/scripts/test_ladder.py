@@ -19,6 +19,7 @@ def flags(tmp_path):
     return (*where, *sizes, "--run-dir", str(tmp_path / "ladder"))
 
 
+@pytest.mark.slow
 def test_each_rung_reads_the_text_once_and_is_not_climbed_again(flags, tmp_path):
     done = run("ladder", *flags, "--rungs", "ngram", "lstm")
     assert done.returncode == 0, done.stderr

@@ -164,6 +164,7 @@ def test_scaling_script_finds_the_law_behind_the_runs_and_draws_it(flags, tmp_pa
         script("scaling")([*ask, "--optimizer.learning-rate", "0.5"])
 
 
+@pytest.mark.slow
 def test_scaling_script_really_trains(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "SHORTEST", 1)
     ask = [*flags, "--sizes", "16x1", "--flops", "2e7", "--batch-size", "8", "--model.compute.layers", "scan"]

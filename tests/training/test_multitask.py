@@ -30,6 +30,7 @@ def mixing(folder) -> SpanConfig:
     return SpanConfig(sentinels=9, tasks=tasks, mixing_limit=60, target_length=8)
 
 
+@pytest.mark.slow
 def test_a_mixed_run_goes_on_bit_for_bit_and_learns_its_task(run_of, mixing, capsys):
     unbroken = run_of("t5", "mixed", objective=mixing, steps=40, batch_size=8, evaluate_every=0, save_every=20)
     summary = pretrain(unbroken)

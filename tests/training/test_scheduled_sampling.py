@@ -178,6 +178,7 @@ def learned(config) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(params)]
 
 
+@pytest.mark.slow
 def test_a_run_at_probability_one_is_the_run_of_causal_lm(run_of):
     starts = {"forced": None, "one": 1.0, "less": 0.8}
     sampled = {name: SampledConfig(decay=f"linear:{start},0,0") for name, start in starts.items() if start}
