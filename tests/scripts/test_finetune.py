@@ -53,13 +53,13 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["answers", "causal_lm", "classification"])
-def test_some_methods_learn_by_the_command_line(objective, bases, files, rng_seed, tmp_path):
-    # O-LoRA begins with what an earlier task left; a Mamba does not judge.
-    fitting = sorted(set(METHODS) - {"olora"} - ({"state"} if objective == "classification" else set()))
-    for method in np.random.default_rng(rng_seed).permutation(fitting)[:2].tolist():
-        print(f"{method} by {objective}")
-        learns(method, objective, bases / OTHER.get(method, "llama"), files, rng_seed, tmp_path / method)
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"olora"}))  # that one begins with what an earlier task left
+def test_a_method_learns_by_the_command_line(method, bases, files, rng_seed, tmp_path):
+    """By an objective that every run of the tests draws anew."""
+    fitting = ["answers", "causal_lm", *(["classification"] if method != "state" else [])]  # a Mamba does not judge
+    objective = str(np.random.default_rng(rng_seed).choice(fitting))
+    print(f"{method} by {objective}")
+    learns(method, objective, bases / OTHER.get(method, "llama"), files, rng_seed, tmp_path / "run")
 
 
 def learns(method, objective, base, files, seed, run_dir):
@@ -78,6 +78,8 @@ def learns(method, objective, base, files, seed, run_dir):
         "batch-size": 8,
         "run-dir": run_dir,
     }
+    if method == "relora":
+        given |= {"method.every": 2, "method.rewarm": 1}
     script("finetune")([str(base), *(word for name, value in given.items() for word in (f"--{name}", str(value)))])
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and np.isfinite([row["loss"] for row in rows]).all()
