@@ -165,7 +165,7 @@ def show(parsed: Arguments, rows: dict[str, dict[str, Any]]) -> None:
 
     folder = Path(parsed.run_dir)
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for domain in parsed.domains:
         table.add_column(f"{domain}: loss", justify="right")
         table.add_column("right", justify="right")
