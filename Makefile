@@ -11,7 +11,7 @@ JOBS ?= 2
 ARGS ?=
 PYTEST = -m pytest -q -n $(JOBS) --dist loadfile
 PROOFS = $(CURDIR)/.cache/proofs.jsonl
-CASES = $(CURDIR)/.cache/cases
+PASSED = $(CURDIR)/.cache/passed
 
 .PHONY: pretrain test check rest lint slow proofs next clean
 
@@ -19,8 +19,8 @@ pretrain: $(VENV)/.core
 	$(VENV)/bin/python scripts/pretrain.py $(ARGS)
 
 test: $(VENV)/.test
-	mkdir -p .cache && rm -f $(PROOFS) && date +%s > $(CASES)
-	XYLEM_PROOFS=$(PROOFS) XYLEM_CASES=$$(cat $(CASES)) $(VENV)/bin/python $(PYTEST) --cases drawn $(ARGS)
+	mkdir -p .cache && rm -f $(PROOFS)
+	XYLEM_PROOFS=$(PROOFS) $(VENV)/bin/python $(PYTEST) --cases drawn --passed $(PASSED) $(ARGS)
 
 check: test rest
 
@@ -29,11 +29,10 @@ rest: lint slow proofs next
 lint: $(VENV)/.check
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-# What the last `make test` left, slow tests and cases that it did not draw; where there was none, all.
+# What the last `make test` left: slow tests, and cases that it did not draw.
 slow: $(VENV)/.check
 	mkdir -p .cache
-	XYLEM_PROOFS=$(PROOFS) XYLEM_CHECK_TYPES=no XYLEM_CASES=$$(cat $(CASES) 2>/dev/null) \
-		$(VENV)/bin/python $(PYTEST) --cases left $(ARGS)
+	XYLEM_PROOFS=$(PROOFS) XYLEM_CHECK_TYPES=no $(VENV)/bin/python $(PYTEST) --cases left --passed $(PASSED) $(ARGS)
 
 # After test and slow: what they proved, as pages.
 proofs: $(VENV)/.core

@@ -181,7 +181,8 @@ def their_step(kind: str, variant: str, workload: Workload, args: argparse.Names
     import transformers
     from torch.nn import functional
 
-    torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
     both = workload.targets is not None
     family = transformers.AutoModelForSeq2SeqLM if both else transformers.AutoModelForMaskedLM
     attention = "eager" if kind == "hf-eager" else "sdpa"

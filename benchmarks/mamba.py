@@ -82,7 +82,8 @@ def mambapy_step(length: int, args: argparse.Namespace) -> Callable[[int], float
     from mambapy.mamba import Mamba, MambaConfig, RMSNorm
     from safetensors.torch import load_file
 
-    torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
     tensors = load_file(f"{args.weights}/model.safetensors")
     stack, norm = Mamba(MambaConfig(d_model=WIDTH, n_layers=LAYERS)), RMSNorm(WIDTH)
     stack.load_state_dict({name.removeprefix("backbone."): x for name, x in tensors.items() if ".layers." in name})

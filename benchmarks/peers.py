@@ -51,7 +51,8 @@ def make(
     import torch
     from torch.nn import functional
 
-    torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
     where = device(args)
     if kind in ("nanogpt", "nanogpt-fused"):
         if args.peer is None:

@@ -117,7 +117,8 @@ def their_step(workload: Workload, variant: str, args: argparse.Namespace) -> Ca
     import torch
     import transformers
 
-    torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.weights, dtype=torch.float32)
     ranks = asked(variant)
     model = attached(model, workload.config, ranks).eval().to(peers.device(args))

@@ -4,8 +4,8 @@
 
     python scripts/finetune.py smollm2 --method lora --data.corpus trivia
 
-BASE is what scripts/generate.py takes: a run folder or its adapter/, a Hugging Face folder, a .gguf file, or the name
-of a model that ships inside a package. --objective.name says what FILE is: "answers", a .jsonl of conversations, of
+BASE is a run folder or its adapter/, a Hugging Face folder, a .gguf file, or the name of a model that ships inside a
+package. --objective.name says what FILE is: "answers", a .jsonl of conversations, of
 which what the assistant says is learned, or a set by name: trivia (the default), finance, medicine, law;
 "classification", a .jsonl of texts with labels, or trec; "token_classification", one of words with labels; "causal_lm",
 a text of some domain. Every field is a flag, those of the method --method.FIELD. The same command on the same folder
@@ -15,6 +15,7 @@ as a file of its own.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from xylem.launch import launch
@@ -40,10 +41,10 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("BASE", base, "the first word is the model to begin with")
     from xylem.training.finetune import finetune
     from xylem.training.finetune_config import HEADS
-    from xylem.training.restore import any_task, has_its_own_head, open_any
+    from xylem.training.restore import has_its_own_head, learns_by_gradient, open_any
 
     method, rest = named("--method", arguments[1:], "lora", METHODS)
-    model = open_any(base, check=any_task)
+    model = open_any(base, check=learns_by_gradient)
     config = parse(base, method, model, rest)
     if config.objective.name not in HEADS:  # those get a fresh head in the place of an old one
         has_its_own_head(base, model.module.config, model.objective)
@@ -70,6 +71,7 @@ def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
     import tyro
 
     from xylem.data.config import DataConfig
+    from xylem.generation.sampling import virtual_tokens
     from xylem.peft.calls import METHODS as every
     from xylem.training.config import OptimizerConfig
     from xylem.training.finetune_config import FinetuneConfig, room_for, taught_by
@@ -79,7 +81,8 @@ def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
     objective: Any
     objective, rest = named("--objective.name", arguments, next(iter(taught_by(config)), "causal_lm"), OBJECTIVES)
     settings = every[method].config(**named_by(method, rest))
-    length = min(512, room_for(config, getattr(settings, "length", 0)))
+    virtual = getattr(settings, "length", 0) + max(virtual_tokens(model.module, model.params))
+    length = min(512, room_for(config, virtual))
     default = FinetuneConfig(
         model=config,  # its layers scanned: unrolled, those of a deep one compile longer than a short run gains
         data=DataConfig(
@@ -107,11 +110,17 @@ def parse(base: str, method: str, model: Any, arguments: list[str]) -> Any:
 
 
 def named_by(method: str, arguments: list[str]) -> dict[str, Any]:
-    """What a method's settings are unless a flag says otherwise; ``selection`` has no default that means something."""
-    if method != "selection":
-        return {}
-    given = [name for name in ("last", "targets") if any(flag.startswith(f"--method.{name}") for flag in arguments)]
-    return {"targets": "."} if given == ["targets"] else {"last": 1}
+    """What of a method's settings must be known before the flags are read: how many virtual tokens it adds, and what it
+    selects, of which there is no default that means something."""
+    given = {}
+    for flag, value in pairwise([*arguments, ""]):
+        name, _, own = flag.partition("=")
+        given[name] = own or value
+    if method == "selection":
+        alone = "--method.targets" in given and "--method.last" not in given
+        return {"targets": "."} if alone else {"last": 1}
+    length = given.get("--method.length", "")
+    return {"length": int(length)} if method in ("prompt", "prefix") and length.isdigit() and int(length) else {}
 
 
 def check_restarts(config: Any) -> None:

@@ -61,6 +61,10 @@ def main(arguments: list[str]) -> None:
 
     out = Path(parsed.out)
     check_new("out", out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("out", parsed.out, f"a folder that can be made: {error}") from error
     model = open_any(parsed.run, check=any_task)
     config = model.module.config
     hub.describe(config)  # refuses what Hugging Face has no word for

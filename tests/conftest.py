@@ -1,11 +1,11 @@
 """Eight CPU devices, strict promotion, checked annotations, and the fixtures that record what tests measure."""
 
 import gc
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import random
 import secrets
 import sys
 from pathlib import Path
@@ -46,31 +46,49 @@ _seeds: dict[str, str] = {}
 
 
 def pytest_addoption(parser) -> None:
-    told = (
-        "drawn: one case of each test that is not slow, by XYLEM_CASES where that is set; left: all but those it draws"
-    )
+    told = "drawn: one case of each test that is not slow; left: all but those that a file names as passed"
     parser.addoption("--cases", choices=("all", "drawn", "left"), default="all", help=told)
+    parser.addoption("--passed", metavar="FILE", help="drawn writes what passed there, and left reads it")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config, items) -> None:
     """The oracles are installed on Python 3.11 (setup.py); there a missing one fails, elsewhere the reason is told."""
-    if (cases := config.getoption("--cases")) != "all":
-        drawn = set(_drawn(items).values()) if cases == "drawn" or os.environ.get("XYLEM_CASES") else set()
-        kept = [item for item in items if (item in drawn) == (cases == "drawn")]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+    kept, cases, passed = items, config.getoption("--cases"), config.getoption("--passed")
+    if cases == "drawn":
+        draw, several = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")), {}  # all workers draw the same
+        for item in items:
+            if not item.get_closest_marker("slow"):
+                several.setdefault(item.nodeid.split("[")[0], []).append(item)
+        kept = [draw.choice(own) for own in several.values()]
+    elif cases == "left" and passed and Path(passed).exists():
+        names = set(Path(passed).read_text().splitlines())
+        kept = [item for item in items if item.nodeid not in names]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
     if sys.version_info >= (3, 12) and importlib.util.find_spec("torch") is None:
         for item in items:
             if item.get_closest_marker("oracle"):
                 item.add_marker(pytest.mark.skip(reason="torch and transformers are installed on Python 3.11 alone"))
 
 
-def _drawn(items) -> dict[str, pytest.Item]:
-    """By test, the case that is drawn; a slow one never is. All workers draw the same."""
-    seed = os.environ.get("XYLEM_CASES") or os.environ.get("PYTEST_XDIST_TESTRUNUID", "")
-    order = sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest())
-    return {item.nodeid.split("[")[0]: item for item in order if not item.get_closest_marker("slow")}
+def pytest_configure(config) -> None:
+    """What passes is written as it passes, by the process that gathers the reports."""
+    if config.getoption("--cases") == "drawn" and config.getoption("--passed") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Passed(Path(config.getoption("--passed"))))
+
+
+class Passed:
+    """Appends the name of each test that passes to a file, which begins empty."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_text("")
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" and report.passed:
+            with self.path.open("a") as file:
+                file.write(f"{report.nodeid}\n")
 
 
 @pytest.fixture(autouse=True, scope="module")

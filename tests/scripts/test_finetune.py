@@ -18,6 +18,7 @@ from xylem.errors import ConfigError
 from xylem.models import gpt, hub, llama, mamba
 from xylem.models.conversion import flatten
 from xylem.peft.calls import METHODS
+from xylem.peft.config import PromptConfig
 from xylem.training.restore import judges, open_any
 
 BASES = {
@@ -105,7 +106,7 @@ def refused(said, base, *flags):
 
 def test_what_a_method_cannot_do_is_named_before_anything_runs(bases, files, tmp_path):
     where = ("--data.corpus", files / "answers.jsonl", "--data.cache-dir", files, "--run-dir", tmp_path / "run")
-    said = r"data.sequence_length: 32 is not possible; at most 25: the model's 32 positions less method.length = 7"
+    said = r"data.sequence_length: 32 is not possible; 32 tokens are read, 25 fit beside 7 virtual ones"
     refused(said, bases / "gpt2", "--method", "prompt", "--method.length", 7, "--data.sequence-length", 32, *where)
     refused(
         r"method.every: 5000 is not possible; less than steps = 9", bases / "llama", "--method", "relora", "--steps", 9
@@ -113,6 +114,9 @@ def test_what_a_method_cannot_do_is_named_before_anything_runs(bases, files, tmp
     rates = ("--method.every", 3, "--method.rewarm", 1, "--steps", 9, "--optimizer.schedule", "linear")
     refused(r"optimizer.schedule: 'linear' is not possible; cosine", bases / "llama", "--method", "relora", *rates)
     refused(r"ema: 0.9 is not possible; None: ", bases / "llama", "--method", "adalora", "--ema", 0.9, *where)
+    script("pretrain")(["ngram", "--data.corpus", str(files / "causal_lm.jsonl"), "--data.tokenizer", "bytes",
+                        "--data.cache-dir", str(files), "--run-dir", str(tmp_path / "counts")])  # fmt: skip
+    refused("counts learn by counting", tmp_path / "counts", *where)
     assert not (tmp_path / "run").exists()
 
 
@@ -128,5 +132,8 @@ def test_a_pattern_alone_selects_what_it_finds(bases):
     ):
         method = parse(str(bases / "gpt2"), "selection", model, rows + flags).method
         assert (method.last, method.targets) == chosen
-    lengths = [parse(str(bases / "gpt2"), method, model, []).data.sequence_length for method in ("lora", "prompt")]
-    assert lengths == [32, 12], "a learned position for each virtual token"
+    asked = (("lora", []), ("prompt", []), ("prefix", ["--method.length", "5"]), ("prefix", ["--method.length=7"]))
+    lengths = [parse(str(bases / "gpt2"), method, model, flags).data.sequence_length for method, flags in asked]
+    assert lengths == [32, 12, 27, 25], "a learned position for each virtual token"
+    grafted = METHODS["prompt"].graft(model.params, jax.random.key(0), PromptConfig(length=4))
+    assert parse("", "prefix", model._replace(params=grafted), ["--method.length=7"]).data.sequence_length == 21

@@ -1,5 +1,6 @@
 """``scripts/merge.py``: a grafted model becomes a folder that transformers computes the same with."""
 
+import json
 import re
 
 import jax
@@ -14,6 +15,7 @@ from small import random_weights
 from xylem import models
 from xylem.data.tokenizers import byte_level
 from xylem.errors import ConfigError
+from xylem.files import read_object
 from xylem.models import bert, heads, hub, llama, mamba, t5
 from xylem.peft import config as configs
 from xylem.peft.calls import METHODS
@@ -116,6 +118,16 @@ def test_a_merged_judge_judges_in_transformers_and_keeps_its_labels(adapter, tmp
     for (label, probability, text), merged in zip(*told, strict=True):
         assert label in LABELS and [label, text] == [merged[0], merged[2]]
         assert float(probability) == pytest.approx(float(merged[1]), abs=2e-4)
+    judge = open_any(str(out), check=judges)
+    further = METHODS["lora"].graft(judge.params, jax.random.key(0), SETTINGS["lora"])
+    save_adapter(tmp_path / "further", SETTINGS["lora"], further, fingerprint(judge.params), base_path=str(out))
+    assert open_any(str(tmp_path / "further"), check=judges).labels == LABELS, "it goes on judging"
+    told = read_object(out / "config.json", "x")
+    for changed in ({"problem_type": "regression"}, {"id2label": {"0": "score"}}):
+        (out / "config.json").write_text(json.dumps(told | changed))
+        with pytest.raises(ConfigError):
+            open_any(str(out), check=judges)
+    (out / "config.json").write_text(json.dumps(told))
     with pytest.raises(ConfigError, match=r"labels: 2 is not possible; .* has 3"):
         hub.save(tmp_path / "other", FAMILIES["bert"], open_any(str(out), check=judges).params, labels=LABELS[:2])
 
@@ -130,6 +142,9 @@ def test_what_cannot_be_merged_is_named_and_nothing_is_written(adapter, tmp_path
     merge, out = script("merge"), tmp_path / "merged"
     with pytest.raises(ConfigError, match=r"run: .*prefix' is not possible; merge: .* are no part of a weight"):
         merge([str(adapter("prefix")), "--out", str(out)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"out: .* a folder that can be made"):
+        merge([str(tmp_path / "base"), "--out", str(tmp_path / "file" / "merged")])
     with pytest.raises(ConfigError, match="tokens: 1 is not possible"):
         merge([str(tmp_path / "base"), "--out", str(out), "--tokens", "1"])
     assert not out.exists()

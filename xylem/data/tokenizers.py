@@ -366,6 +366,8 @@ def _first_special(processor: Mapping[str, Any]) -> str | None:
     """The token that a post-processor puts before every text, if it puts one there."""
     if processor.get("type") == "Sequence":
         return next((token for part in processor["processors"] if (token := _first_special(part))), None)
+    if "cls" in processor:  # BertProcessing, RobertaProcessing: [token, id]
+        return processor["cls"][0]
     first = (processor.get("single") or [{}])[0]
     return first["SpecialToken"]["id"] if "SpecialToken" in first else None
 

@@ -47,7 +47,8 @@ class Generator:
     ) -> list[str]:
         """The continuation of each prompt that is given as ids."""
         stop = tuple(dict.fromkeys((*sampling.stop, *self.tokenizer.stop)))
-        sampling = replace(sampling, stop=stop, vocab_size=self.tokenizer.vocab_size)
+        most = min(sampling.vocab_size or self.tokenizer.vocab_size, self.tokenizer.vocab_size)
+        sampling = replace(sampling, stop=stop, vocab_size=most)
         key, answers = jax.random.key(0) if key is None else key, isinstance(self.module, Seq2Seq)
         if answers:
             prompts = [[*prompt, self.tokenizer.end_of_text] for prompt in prompts]

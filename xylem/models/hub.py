@@ -184,6 +184,12 @@ def label_names(folder: str | os.PathLike, count: int) -> tuple[str, ...]:
     return tuple(str(named.get(str(place), f"LABEL_{place}")) for place in range(count))
 
 
+def chooses_a_label(folder: str | os.PathLike, count: int) -> bool:
+    """Whether a Hugging Face folder's head gives each text, or word, one of several labels."""
+    kind = read_object(Path(folder) / "config.json", "checkpoint").get("problem_type")
+    return count > 1 and kind in (None, "single_label_classification")
+
+
 def _described_head(family: Family, kind: heads.Kind, labels: Sequence[str]) -> dict[str, Any]:
     """What ``config.json`` says of a head."""
     if kind not in family.heads:

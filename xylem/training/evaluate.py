@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from xylem.data import examples, pipeline
 from xylem.data.config import DataConfig
 from xylem.errors import ConfigError
+from xylem.generation.sampling import virtual_tokens
 from xylem.models import heads, ngram
 from xylem.models.config import Seq2SeqConfig
 from xylem.models.ngram import NGramConfig
 from xylem.training import metrics
-from xylem.training.finetune_config import HEADS
+from xylem.training.finetune_config import HEADS, room_for
 from xylem.training.inputs import tuning_data
 from xylem.training.objective_config import ObjectiveConfig
 from xylem.training.objectives import Sums, causal_lm, next_window
@@ -83,7 +84,9 @@ def evaluate(model: Model, data: DataConfig, split: str, batch_size: int, limit:
     if limit is not None and limit < 1:
         raise ConfigError("limit", limit, "at least 1 batch is read")
     config = model.module.config
-    if data.sequence_length > (most := config.max_length):
+    counts = isinstance(config, NGramConfig)
+    most = config.max_length if counts else room_for(config, max(virtual_tokens(model.module, model.params)))
+    if data.sequence_length > most:
         raise ConfigError("sequence_length", data.sequence_length, f"the model reads at most {most} tokens")
     own = tuning_data(model.objective, config, data, model.tokenizer, model.labels)
     prepared = pipeline.prepare(data) if own is None else own[0]

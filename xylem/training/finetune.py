@@ -12,18 +12,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from xylem import models
 from xylem.data.pipeline import Prepared, TrainIterator
 from xylem.data.tokenizers import Tokenizer
 from xylem.errors import ConfigError
+from xylem.generation.sampling import virtual_tokens
 from xylem.models import heads
 from xylem.models.language_model import LanguageModel
 from xylem.peft import saving
 from xylem.peft.calls import METHODS
-from xylem.peft.config import ChildConfig, ReLoRAConfig
+from xylem.peft.config import ChildConfig, PrefixConfig, PromptConfig, ReLoRAConfig
 from xylem.peft.methods import child, relora
 from xylem.sharding import batch_sharding
 from xylem.training.checkpoint import load_params
-from xylem.training.finetune_config import HEADS, FinetuneConfig
+from xylem.training.finetune_config import HEADS, FinetuneConfig, room_for
 from xylem.training.inputs import tuning_data
 from xylem.training.loop import corpus_of, train
 from xylem.training.program import Start, assemble
@@ -39,6 +41,7 @@ def finetune(config: FinetuneConfig, params: Any, tokenizer: Tokenizer, argv: Se
     The run folder is that of pretraining; its checkpoints hold what is learned, not the base, and ``adapter/`` is it as
     a file of its own (``peft.saving``).
     """
+    check_room(config, params)
     own = tuning_data(config.objective.name, config.model, config.data, tokenizer)
     data, labels = own or (corpus_of(config), [])
     config = replace(config, base_hash=saving.fingerprint(params), labels=tuple(labels))
@@ -49,6 +52,19 @@ def finetune(config: FinetuneConfig, params: Any, tokenizer: Tokenizer, argv: Se
         about["data"] = asdict(config.data)
         saving.write(Path(config.run_dir) / ADAPTER, config.method, _kept(config), config.base_hash, **about)
     return summary
+
+
+def check_room(config: FinetuneConfig, params: Any) -> None:
+    """Refuse rows that, virtual tokens in front, are longer than the model's table of positions.
+
+    Raises:
+        ConfigError: so it is; ``params`` may hold virtual tokens, and the method may add some.
+    """
+    added = config.method.length if isinstance(config.method, PromptConfig | PrefixConfig) else 0
+    virtual = added + max(virtual_tokens(models.build(config.model), params))
+    if config.tokens_read > (room := room_for(config.model, virtual)):
+        allowed = f"{config.tokens_read} tokens are read, {room} fit beside {virtual} virtual ones"
+        raise ConfigError("data.sequence_length", config.data.sequence_length, allowed)
 
 
 def start_of(config: FinetuneConfig, params: Any, data: Prepared) -> Start:

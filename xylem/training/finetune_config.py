@@ -66,11 +66,6 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        virtual = self.method.length if isinstance(self.method, PromptConfig | PrefixConfig) else 0
-        room = room_for(self.model, virtual)
-        if self.data.sequence_length > room:
-            allowed = f"at most {room}: the model's {self.model.max_length} positions less method.length = {virtual}"
-            raise ConfigError("data.sequence_length", self.data.sequence_length, allowed)
         if isinstance(self.method, AdaLoRAConfig) and self.ema is not None:
             raise ConfigError("ema", self.ema, "None: the average of values that come and go exceeds AdaLoRA's budget")
 

@@ -98,9 +98,10 @@ def sample_ids(config: RunConfig, data: Prepared) -> list[int]:
 
 def sample(module: LanguageModel, params: Any, tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text of ``ids`` and what the model writes behind it, always from the same randomness."""
-    reads = isinstance(module, Seq2Seq)
-    most = module.config.max_length - virtual_tokens(module, params)[-1]
-    ids = ids if reads else ids[1 - most :]
+    reads, virtual = isinstance(module, Seq2Seq), virtual_tokens(module, params)
+    most = module.config.max_length - virtual[-1]
+    # Behind a source comes the token that ends it, behind a text at least one that is written.
+    ids = ids[1 - (module.config.encoder.max_length - virtual[0] if reads else most) :]
     sampling = Sampling(min(SAMPLE_TOKENS, most - (1 if reads else len(ids))), temperature=0.8, top_p=0.95)
     (text,) = Generator(module, params, tokenizer).continue_ids([ids], sampling, jax.random.key(0))
     shown = tokenizer.decode(ids[1:] if ids[0] == tokenizer.begin_of_text else ids)

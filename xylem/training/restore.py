@@ -52,6 +52,12 @@ def any_task(name: str, config: Any, objective: str) -> None:
     """Refuse nothing."""
 
 
+def learns_by_gradient(name: str, config: Any, objective: str) -> None:
+    """Refuse counts."""
+    if isinstance(config, NGramConfig):
+        raise ConfigError("checkpoint", name, "counts learn by counting: scripts/pretrain.py ngram")
+
+
 def has_its_own_head(name: str, config: Any, objective: str) -> None:
     """Refuse a model that was taught to judge."""
     if objective in HEADS:
@@ -115,7 +121,7 @@ def open_any(name: str, dtype: str = "float32", check: Check = has_its_own_head)
         model = _open_adapter(path, check)
     else:
         config, params = hub.load(path, dtype)
-        taught = _taught(path, params)
+        taught = _taught(path, config, params)
         check(name, config, taught[0])
         data = DataConfig(tokenizer=str(path), sequence_length=min(512, config.max_length))
         model = Model(models.build(config), params, tokenizers.load(path), data, *taught)
@@ -128,9 +134,13 @@ def open_any(name: str, dtype: str = "float32", check: Check = has_its_own_head)
     return model._replace(module=models.build(config))
 
 
-def _taught(path: Path, params: Any) -> tuple[Objective, tuple[str, ...]]:
-    """By which objective a Hugging Face model was taught, and the labels that it judges by."""
-    if (head := heads.held(params)) is None:
+def _taught(path: Path, config: ModelConfig, params: Any) -> tuple[Objective, tuple[str, ...]]:
+    """By which objective a Hugging Face model was taught, and the labels that it judges by.
+
+    One of several labels a text or word, and an encoder's: a decoder's folder does not say what its texts end with.
+    """
+    head = heads.held(params)
+    if head is None or "causal_lm" in objectives_of(config) or not hub.chooses_a_label(path, head[0]):
         return "causal_lm", ()
     count, kind = head
     return next(objective for objective, own in HEADS.items() if own == kind), hub.label_names(path, count)
@@ -164,9 +174,11 @@ def _open_adapter(path: Path, check: Check) -> Model:
         allowed = f"its {saving.SETTINGS} does not say where its base lies: open that, and peft.saving.load_adapter"
         raise ConfigError("checkpoint", str(path), allowed)
     base = _base_of(path, where)
-    config, objective, labels = base.module.config, about.get("objective", base.objective), about.get("labels", ())
+    config, taught = base.module.config, "objective" in about  # else whatever the base was taught
+    objective, labels = (about["objective"], about["labels"]) if taught else (base.objective, base.labels)
     check(str(path), config, objective)
-    method, params = saving.load_adapter(path, base.params, lambda base: _headed(config, objective, labels, base))
+    headed = (lambda base: _headed(config, objective, labels, base)) if taught else (lambda base: base)
+    method, params = saving.load_adapter(path, base.params, headed)
     params = METHODS[method.name].fold(params)
     data = from_dict(DataConfig, about["data"] | {"tokenizer": base.data.tokenizer}) if "data" in about else base.data
     return base._replace(params=params, data=data, objective=objective, labels=tuple(labels))
