@@ -5,12 +5,11 @@
     python scripts/finetune.py smollm2 --method lora --data.corpus trivia
 
 BASE is a run folder or its adapter/, a Hugging Face folder, a .gguf file, or the name of a model that ships inside a
-package. --objective.name says what FILE is: "answers", a .jsonl of conversations, of
-which what the assistant says is learned, or a set by name: trivia (the default), finance, medicine, law;
-"classification", a .jsonl of texts with labels, or trec; "token_classification", one of words with labels; "causal_lm",
-a text of some domain. Every field is a flag, those of the method --method.FIELD. The same command on the same folder
-resumes; scripts/generate.py, scripts/classify.py and scripts/evaluate.py open it, and its adapter/ is what was learned
-as a file of its own.
+package. --objective.name says what FILE is: "answers", a .jsonl of conversations, of which what the assistant says is
+learned, or a set by name: trivia (the default), finance, medicine, law; "classification", a .jsonl of texts with labels,
+or trec; "token_classification", one of words with labels; "causal_lm", a text of some domain. Every field is a flag,
+those of the method --method.FIELD. The same command on the same folder resumes; scripts/generate.py,
+scripts/classify.py and scripts/evaluate.py open it, and its adapter/ is what was learned as a file of its own.
 """
 
 from __future__ import annotations
