@@ -13,6 +13,8 @@ PYTEST = -m pytest -q -n $(JOBS) --dist loadfile
 PROOFS = $(CURDIR)/.cache/proofs.jsonl
 PASSED = $(CURDIR)/.cache/passed
 
+# Options of tests/conftest.py take their values by "=": until pytest has found that file it does not know them, and a
+# word of its own would name a place to look for tests.
 .PHONY: pretrain test check rest lint slow proofs next clean
 
 pretrain: $(VENV)/.core
@@ -20,7 +22,7 @@ pretrain: $(VENV)/.core
 
 test: $(VENV)/.test
 	mkdir -p .cache && rm -f $(PROOFS)
-	XYLEM_PROOFS=$(PROOFS) $(VENV)/bin/python $(PYTEST) --cases drawn --passed $(PASSED) $(ARGS)
+	XYLEM_PROOFS=$(PROOFS) $(VENV)/bin/python $(PYTEST) --cases=drawn --passed=$(PASSED) $(ARGS)
 
 check: test rest
 
@@ -32,14 +34,14 @@ lint: $(VENV)/.check
 # What the last `make test` left: slow tests, and cases that it did not draw.
 slow: $(VENV)/.check
 	mkdir -p .cache
-	XYLEM_PROOFS=$(PROOFS) XYLEM_CHECK_TYPES=no $(VENV)/bin/python $(PYTEST) --cases left --passed $(PASSED) $(ARGS)
+	XYLEM_PROOFS=$(PROOFS) XYLEM_CHECK_TYPES=no $(VENV)/bin/python $(PYTEST) --cases=left --passed=$(PASSED) $(ARGS)
 
 # After test and slow: what they proved, as pages.
 proofs: $(VENV)/.core
 	$(VENV)/bin/python scripts/proofs.py $(PROOFS) docs/proofs.md docs/peft.md
 
 next: .venv-next/.test
-	XYLEM_CHECK_TYPES=no .venv-next/bin/python $(PYTEST) -m "not oracle" --cases drawn
+	XYLEM_CHECK_TYPES=no .venv-next/bin/python $(PYTEST) -m "not oracle" --cases=drawn
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; set PYTHON=/path/to/python"; exit 2; }
