@@ -98,10 +98,10 @@ def missing(rows: Sequence[Row]) -> str:
 
 def grid_lines(rows: Sequence[Row]) -> str:
     """Two tables: of every cell the largest difference of logits; of every method the largest of each kind."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods = sorted({row["method"] for row in rows})
     empty = {(row["method"], row["family"]): str(row["error"]) for row in rows if row[GRID] == "empty"}
     measured = [row for row in rows if row[GRID] in KINDS]
-    footnotes = list(dict.fromkeys(empty.values()))
+    footnotes = sorted(set(empty.values()))
     lines = table(["largest difference", *FAMILIES.values()])
     for method in methods:
         cells = []
