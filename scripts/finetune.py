@@ -6,9 +6,9 @@
 
 BASE is a run folder or its adapter/, a Hugging Face folder, a .gguf file, or the name of a model that ships inside a
 package. --objective.name says what FILE is: "answers", a .jsonl of conversations, of which what the assistant says is
-learned, or a set by name: trivia (the default), finance, medicine, law; "classification", a .jsonl of texts with labels,
-or trec; "token_classification", one of words with labels; "causal_lm", a text of some domain. Every field is a flag,
-those of the method --method.FIELD. The same command on the same folder resumes; scripts/generate.py,
+learned, or a set by name: trivia (the default), finance, medicine, law; "classification", a .jsonl of texts with
+labels, or trec; "token_classification", one of words with labels; "causal_lm", a text of some domain. Every field is a
+flag, those of the method --method.FIELD. The same command on the same folder resumes; scripts/generate.py,
 scripts/classify.py and scripts/evaluate.py open it, and its adapter/ is what was learned as a file of its own.
 """
 

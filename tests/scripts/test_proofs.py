@@ -51,11 +51,11 @@ def test_the_grid_shows_each_cell_and_each_kind_at_its_worst(write, capsys):
     assert page.startswith("# Methods\n") and page.endswith("<!-- grid:end -->\n\nThe end.\n")
     assert "older" not in page and "a grid of 4 cells" in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
-    assert lines[2:4] == [["lora", "0", "", "", "", "3e-06", ""], ["bitfit", "4e-05", "", "", "", "none (1)", ""]]
+    assert lines[2:4] == [["bitfit", "4e-05", "", "", "", "none (1)", ""], ["lora", "0", "", "", "", "3e-06", ""]]
     assert "(1) no biases" in page
     assert lines[6:] == [
-        ["lora", "0", "3e-06", "0", "0", "1.5", "0", "0"],
         ["bitfit", "0", "0", "4e-05", "0", "0", "0", "0"],
+        ["lora", "0", "3e-06", "0", "0", "1.5", "0", "0"],
         ["*allowed*", "1e-05", "1e-05", "1e-04 to 2e-04", "1e-04", "2", "0", "0"],
     ]
 
