@@ -340,15 +340,8 @@ def figures_of(parsed: Arguments) -> list[dict[str, Any]]:
 
 
 HEADINGS = (
-    "method",
-    "learns",
-    "rate",
-    "file, MB",
-    "memory, GB",
-    "s a step",
-    "held-out loss",
-    "gained",
-    "behind the best",
+    *("method", "learns", "rate", "file, MB", "memory, GB", "s a step"),
+    *("held-out loss", "gained", "behind the best"),
 )
 
 

@@ -179,3 +179,8 @@ def test_a_vocabulary_without_room_is_named(run_of):
     small = replace(paired, model=replace(paired.model, vocab_size=259))
     with pytest.raises(ConfigError, match="masked_lm needs 3 more, so at least 260"):
         check_tokenizer(small, tokenizer)
+
+
+def test_a_pretraining_run_does_not_know_what_fine_tuning_alone_teaches(run_of):
+    with pytest.raises(ConfigError, match="this model learns by causal_lm or scheduled_sampling"):
+        run_of("llama", objective=ObjectiveConfig("answers"))

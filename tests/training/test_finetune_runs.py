@@ -397,8 +397,3 @@ def test_a_run_that_judges_is_measured_and_used(folder, tmp_path, capsys, object
             script("classify")([str(wrong), "--text", "x"])
     with pytest.raises(ConfigError, match="taught to judge texts, not to write them"):
         open_any(config.run_dir)
-
-
-def test_a_pretraining_run_does_not_know_what_fine_tuning_alone_teaches(run_of):
-    with pytest.raises(ConfigError, match="this model learns by causal_lm or scheduled_sampling"):
-        run_of("llama", objective=ObjectiveConfig("answers"))
