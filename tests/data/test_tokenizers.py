@@ -290,3 +290,17 @@ def test_smollm2_ids_agree_with_transformers(proof, rng_seed, tmp_path):
     assert ours.encode(prompt, parse_special=True).tolist() == theirs(prompt).input_ids
     proof("SmolLM2 tokenizer from GGUF", "transformers, share of texts that differ", wrong / len(texts), 0.0, rng_seed,
           "text not split into words before merging")  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "first"), [("RobertaProcessing", "<s>"), ("BertProcessing", "[CLS]")])
+def test_the_first_token_of_a_text_is_read_of_older_processors_too(kind, first, tmp_path):
+    """They name it ``cls``, where newer ones have a template."""
+    trained = tokenizers.byte_level()
+    trained.save(tmp_path)
+    described, own = json.loads((tmp_path / "tokenizer.json").read_text()), trained.vocab_size
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    described["added_tokens"].append({"id": own, "content": first, "special": True, **plain})
+    more = {"trim_offsets": True, "add_prefix_space": False} if kind == "RobertaProcessing" else {}
+    described["post_processor"] = {"type": kind, "sep": [first, own], "cls": [first, own], **more}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    assert tokenizers.load(tmp_path).begin_of_text == own

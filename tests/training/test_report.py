@@ -3,16 +3,20 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from grid import SETTINGS, base_of, method_of
+from small import random_weights
 
 from xylem import models
 from xylem.data import pipeline
 from xylem.data.config import DataConfig
+from xylem.data.tokenizers import byte_level
 from xylem.models.conversion import flatten
 from xylem.models.llama import llama
+from xylem.models.t5 import t5
 from xylem.peft.tree import matrices
 from xylem.training import metrics, report
 from xylem.training.config import RunConfig
@@ -98,3 +102,17 @@ def test_report_counts_what_learns_and_what_its_optimizer_holds(method):
     line = report.learning(new_state(params, optax.adam(0.1), 0, trains=learns))
     assert line.startswith(f"{learned:,} of {whole:,} numbers learn ({100 * learned / whole:.3g}%)")
     assert line.endswith(f" {8 * learned + 4:,} bytes")
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_source_leaves_room_for_what_stands_in_front_of_it(method, rng_seed):
+    """As many tokens as the encoder reads without virtual ones: the first of them go."""
+    tokenizer, key = byte_level(), jax.random.key(rng_seed)
+    module = models.build(t5(1, 12, 2, 6, 20, "1.1", tokenizer.vocab_size, 32))
+    base = random_weights(module, key, jnp.zeros((1, 2), jnp.int32))
+    params = method_of(method).fold(method_of(method).graft(base, key, SETTINGS[method]))
+    source = list(b"the old oak tree sleeps all night long"[:32])
+    virtual = SETTINGS[method].length
+    shown, _ = report.sample(module, params, tokenizer, source).split("\n", 1)
+    assert shown == tokenizer.decode(source[1 - (32 - virtual) :])
+    assert report.sample(module, params, tokenizer, source[-5:]).startswith(tokenizer.decode(source[-5:]))
