@@ -296,11 +296,11 @@ def test_smollm2_ids_agree_with_transformers(proof, rng_seed, tmp_path):
 def test_the_first_token_of_a_text_is_read_of_older_processors_too(kind, first, tmp_path):
     """They name it ``cls``, where newer ones have a template."""
     trained = tokenizers.byte_level()
-    trained.save(tmp_path)
-    described, own = json.loads((tmp_path / "tokenizer.json").read_text()), trained.vocab_size
+    trained.save(tmp_path / "ours")
+    described, own = json.loads((tmp_path / "ours/tokenizer.json").read_text()), trained.vocab_size
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     described["added_tokens"].append({"id": own, "content": first, "special": True, **plain})
     more = {"trim_offsets": True, "add_prefix_space": False} if kind == "RobertaProcessing" else {}
     described["post_processor"] = {"type": kind, "sep": [first, own], "cls": [first, own], **more}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))  # alone in its folder: ours says more beside it
     assert tokenizers.load(tmp_path).begin_of_text == own
