@@ -54,10 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # --- one side's process -----------------------------------------------------------------------------------------------
 
 
-def answer(make: Callable[[], Callable[[int], float]]) -> None:
+def answer(make: Callable[[], Callable[[int], Any]]) -> None:
     """Answer each line of stdin, a number of steps, with one JSON line: seconds, CPU seconds, losses, peak memory.
 
-    ``make()`` gives ``step(index) -> loss``; what it takes is part of the time to start.
+    ``make()`` gives ``step(index) -> loss``, or what else two sides are compared by; what it takes is part of the time
+    to start.
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not mix with the answers

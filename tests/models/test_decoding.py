@@ -4,12 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from grid import FAMILIES, T, base_of, method_of, module_of, moved, texts
 from operations import apart
 
 from xylem import models
-from xylem.models.cache import KVCache, Seq2SeqCache
+from xylem.models.cache import KEY_BLOCK, KVCache, Seq2SeqCache
 from xylem.models.decoding import ready, ready_cache
 from xylem.models.leaves import Transposed, is_leaf
 from xylem.models.settings import Compute
@@ -50,30 +51,49 @@ def step(module, params, cache, tokens):
     return out.logits, out.cache
 
 
-@pytest.mark.parametrize("family", METHODS)
-def test_a_ready_tree_and_cache_write_what_the_stacked_ones_write(family, rng_seed, proof):
-    batch, params = texts(family, rng_seed), grafted(family, rng_seed % 1000)
-    config = FAMILIES[family].with_compute(UNROLLED)
-    unrolled, tokens = models.build(config), batch.get("decoder_tokens", batch["tokens"])[:, :T]
-    laid_out = ready(config, params)
-    rows = jnp.array([2, 0, 1])
+def written(module, params, family, seed, lay_out=lambda cache: cache):
+    """Logits behind three tokens: of two together, then of one after the rows have changed places."""
+    batch = texts(family, seed)
+    tokens, rows = batch.get("decoder_tokens", batch["tokens"])[:, :T], jnp.array([2, 0, 1])
+    _, cache = step(module, params, lay_out(started(module, params, batch)), tokens[:, :3])
+    two, cache = step(module, params, cache, tokens[:, 3:5])
+    one, _ = step(module, params, cache.select(rows), tokens[rows, 5:6])
+    return [two, one]
 
-    def written(module, params, lay_out=lambda cache: cache):
-        """What the network gives behind three tokens: for two together, then one after the rows have changed places."""
-        _, cache = step(module, params, lay_out(started(module, params, batch)), tokens[:, :3])
-        two, cache = step(module, params, cache, tokens[:, 3:5])
-        one, _ = step(module, params, cache.select(rows), tokens[rows, 5:6])
-        return [two, one]
 
-    expected = written(module_of(family), params)
-    error = apart(written(unrolled, laid_out, partial(ready_cache, config)), expected)
+def exchanged(laid_out):
+    """A ready tree whose first two layers have changed places."""
     side = laid_out.get("decoder", laid_out)
     wrong = {**side, "layers_0": side["layers_1"], "layers_1": side["layers_0"]}
-    wrong = {**laid_out, "decoder": wrong} if "decoder" in laid_out else wrong
+    return {**laid_out, "decoder": wrong} if "decoder" in laid_out else wrong
+
+
+@pytest.mark.parametrize("family", METHODS)
+def test_a_ready_tree_and_cache_write_what_the_stacked_ones_write(family, rng_seed, proof):
+    params, config = grafted(family, rng_seed % 1000), FAMILIES[family].with_compute(UNROLLED)
+    unrolled, laid_out = models.build(config), ready(config, params)
+    write = partial(written, family=family, seed=rng_seed)
+    expected = write(module_of(family), params)
+    error = apart(write(unrolled, laid_out, lay_out=partial(ready_cache, config)), expected)
     bar = BARS.get(family, BAR)
-    assert apart(written(unrolled, wrong, partial(ready_cache, config)), expected) > bar
+    assert apart(write(unrolled, exchanged(laid_out), lay_out=partial(ready_cache, config)), expected) > bar
     row = f"decoding: layers apart, matrices transposed ({family})"
     proof(row, "the stacked tree", error, bar, rng_seed, "the first two layers exchanged")
+
+
+@pytest.mark.parametrize("family", METHODS)
+def test_a_ready_tree_in_bfloat16_is_as_near_to_float32_as_the_stacked_one(family, rng_seed, proof):
+    compute = Compute("bfloat16", "bfloat16", layers="unroll", kernels="fused", scan="sequential")
+    config, params = FAMILIES[family].with_compute(compute), grafted(family, rng_seed % 1000)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    module, laid_out, cache_of = models.build(config), ready(config, half), partial(ready_cache, config)
+    write = partial(written, family=family, seed=rng_seed)
+    expected = write(module_of(family), jax.tree.map(lambda x: x.astype(jnp.float32), half))
+    mean = lambda ours: sum(float(jnp.abs(a - b).mean()) for a, b in zip(ours, expected, strict=True))  # noqa: E731
+    bar = 3.0 * mean(write(module, half))  # what is rounded differs, and how much by chance
+    assert mean(write(module, exchanged(laid_out), lay_out=cache_of)) > bar
+    own = mean(write(module, laid_out, lay_out=cache_of))
+    proof(f"decoding in bfloat16 ({family})", "the network in float32", own, bar, rng_seed, "two layers exchanged")
 
 
 def test_a_ready_tree_holds_each_layer_in_order_and_stays_as_it_is():
@@ -91,12 +111,38 @@ def test_a_ready_tree_holds_each_layer_in_order_and_stays_as_it_is():
     assert all(a is b or (a == b).all() for a, b in zip(*map(jax.tree.leaves, (again, laid_out)), strict=True))
 
 
-@pytest.mark.parametrize("compute", [Compute(layers="scan"), Compute(dtype="bfloat16"), Compute(kernels="plain")])
+@pytest.mark.parametrize("compute", [Compute(layers="scan"), Compute(kernels="plain")])
 def test_what_was_not_measured_to_pay_stays_as_it_is(compute):
     config, params = FAMILIES["llama"].with_compute(compute), base_of("llama", 1)
     assert ready(config, params) is params
     cache = KVCache.init(config, 2, 5)
     assert ready_cache(config, cache) is cache
+
+
+@pytest.mark.parametrize("room", [2 * KEY_BLOCK, 2 * KEY_BLOCK + 3])
+def test_a_cache_of_layers_apart_holds_what_the_stack_holds(room, rng_seed):
+    config = FAMILIES["llama"].with_compute(UNROLLED)
+    rng, rows = np.random.default_rng(rng_seed), jnp.array([2, 0, 0])
+    lengths = jnp.array([KEY_BLOCK - 2, 5, room - 2])  # five more end in the next block, and behind the last
+    stacked = KVCache.init(config, 3, room).advance(lengths)
+    both = [stacked, stacked.apart()]
+
+    def written(length: int) -> None:
+        """Random tokens, written into every layer of both, which then hold the same."""
+        shape = (2, 3, length, config.num_kv_heads, config.head_dim)
+        key, value = jnp.asarray(rng.standard_normal(shape, np.float32))
+        for layer in range(config.num_layers):
+            (one, *held), (other, *reference) = (cache.update(layer, key + layer, value - layer) for cache in both)
+            assert all((a == b).all() for a, b in zip(held, reference, strict=True))
+            both[:] = one, other
+        both[:] = [cache.advance(length) for cache in both]
+
+    written(5)
+    for more in (KEY_BLOCK, 3):
+        both[:] = [cache.grow(more).select(rows) for cache in both]
+        written(2)
+    assert both[0].capacity == both[1].capacity == room + KEY_BLOCK + 3
+    assert both[1].is_apart and both[1].apart() is both[1]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,11 @@ def cases(rng: np.random.Generator) -> dict:
             lambda *a: attend(*a[:3], Mask(), scale=0.4, bias=a[3][:1]),
             (query, key, value, normal(rng, 2, 6, 13, 13)),
         ),
+        "scores": (
+            partial(fused_attention.scores, block=4),
+            fused_attention.scores_plain,
+            (normal(rng, 2, 3, 5, 2, 7), normal(rng, 2, 12, 3, 7)),
+        ),
         "cross_entropy": (
             loss(cross_entropy, 4),
             loss(cross_entropy_plain),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xylem.models import cudnn_attention, fused_attention
-from xylem.models.cache import AttentionCache, Seq2SeqCache
+from xylem.models.cache import KEY_BLOCK, AttentionCache, Seq2SeqCache
 from xylem.models.config import TransformerConfig
 from xylem.models.fused import Choice
 from xylem.models.layers import Dense, merge_heads, side_by_side, split_heads
@@ -46,17 +48,20 @@ def attend(
     bias: Float[Array, "#B N T S"] | None = None,
     dropout: float = 0.0,
     rng: PRNGKeyArray | None = None,
+    key_block: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads: the definition every fast path is held against.
 
     ``softmax(scale * query @ key + bias) @ value`` over the keys the mask allows, ``scale`` being ``1 / sqrt(H)`` where
     none is given (1706.03762, section 3.2.1); query head n reads key/value head ``n // (N/K)`` (GQA 2305.13245). A
-    query that may see nothing gets zeros. ``dropout`` drops attention weights; it needs ``rng``.
+    query that may see nothing gets zeros. ``dropout`` drops attention weights; it needs ``rng``. ``key_block`` says
+    that the keys are held in blocks of so many, a matter of speed alone (``cache.in_blocks``).
     """
     queries, heads, head_dim = query.shape[1:]
     groups = heads // key.shape[2]
     query = rearrange(query, "b t (k g) h -> b k g t h", g=groups)
-    scores = jnp.einsum("bkgth,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
+    product = fused_attention.scores_plain if key_block is None else partial(fused_attention.scores, block=key_block)
+    scores = product(query, key)
     scores = scores * (head_dim**-0.5 if scale is None else scale)
     if bias is not None:
         scores = scores + rearrange(bias, "b (k g) t s -> b k g t s", g=groups)
@@ -70,7 +75,7 @@ def attend(
         keep = jax.random.bernoulli(rng, 1.0 - dropout, weights.shape)
         weights = jnp.where(keep, weights / (1.0 - dropout), 0.0)
     out = jnp.einsum("bkgts,bskh->bkgth", weights.astype(value.dtype), value)
-    return rearrange(out, "b k g t h -> b t (k g) h")
+    return rearrange(out, "b k g t h -> b t (k g) h").astype(query.dtype)  # a cache may hold wider values
 
 
 class Attention(nn.Module):
@@ -100,7 +105,7 @@ class Attention(nn.Module):
         elif self.has_variable("params", "prefix"):
             key, value = join_prefix(self.variables["params"]["prefix"], key, value)
         rng = self.make_rng("dropout") if context.train and config.dropout > 0.0 else None
-        out = weigh(query, key, value, context.mask, config, kernels, context.bias, rng, cached=cache is not None)
+        out = weigh(query, key, value, context.mask, config, kernels, context.bias, rng, cache)
         out = Dense(x.shape[-1], config.init.residual, config, kernels, name="output")(merge_heads(out))
         return out, cache
 
@@ -136,8 +141,11 @@ class CrossAttention(nn.Module):
             key, value = cache.memory(layer)
         rng = self.make_rng("dropout") if context.train and config.dropout > 0.0 else None
         query = split_heads(query, config.head_dim)
-        out = weigh(query, key, value, mask, config, kernels, None, rng, cached=cache is not None)
+        out = weigh(query, key, value, mask, config, kernels, None, rng, cache)
         return Dense(x.shape[-1], config.init.residual, config, kernels, name="output")(merge_heads(out))
+
+
+FEW_QUERIES = 8  # tokens that are read at once; more are held to the whole of the keys
 
 
 def weigh(
@@ -149,13 +157,18 @@ def weigh(
     kernels: Choice,
     bias: Float[Array, "#B N T S"] | None,
     rng: PRNGKeyArray | None,
-    cached: bool,
+    cache: AttentionCache | None,
 ) -> Float[Array, "B T N H"]:
-    """``attend`` as the config says, by a fast path where there is one that can do it; ``rng`` drops weights."""
+    """``attend`` as the config says, by a fast path where there is one that can do it; ``rng`` drops weights.
+
+    Keys and values may be those of a ``cache``.
+    """
     scale = config.head_dim**-0.5 if config.attention.scale == "head_dim" else 1.0
-    if rng is None and not cached:
+    if rng is None and cache is None:
         if kernels.attention == "chunked":
             return fused_attention.attention(query, key, value, mask, scale, kernels.attention_chunk, bias)
         if kernels.attention == "cudnn" and cudnn_attention.takes(query, key, bias):
             return cudnn_attention.attention(query, key, value, mask, scale)
-    return attend(query, key, value, mask, scale=scale, bias=bias, dropout=config.dropout, rng=rng)
+    blocks = cache is not None and cache.is_apart and query.shape[1] <= FEW_QUERIES and key.shape[1] % KEY_BLOCK == 0
+    block = KEY_BLOCK if blocks else None
+    return attend(query, key, value, mask, scale=scale, bias=bias, dropout=config.dropout, rng=rng, key_block=block)

@@ -11,11 +11,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
+from xylem.models.fused import fresh
 from xylem.models.masks import Mask
 
 F32 = jnp.float32
+
+
+def scores_plain(query: Float[Array, "B K G T H"], key: Float[Array, "B S K H"]) -> Float32[Array, "B K G T S"]:
+    """Every query by every key of its head, before it is scaled."""
+    return jnp.einsum("bkgth,bskh->bkgts", query, key, preferred_element_type=F32)
+
+
+def scores(query: Float[Array, "B K G T H"], key: Float[Array, "B S K H"], block: int) -> Float32[Array, "B K G T S"]:
+    """``scores_plain`` by keys that lie in memory as (B, K, C, H, ``block``): a product a block (``in_blocks``)."""
+    keys = rearrange(key, "b (c p) k h -> b k c h p", p=block)
+    queries = rearrange(query, "b k g t h -> b k 1 (g t) h")
+    # Written out for every block: XLA would exchange the sides of a product with one that is repeated.
+    queries = fresh(jnp.broadcast_to(queries, (*keys.shape[:3], *queries.shape[3:])))
+    products = jnp.einsum("bkcqh,bkchp->bkcqp", queries, keys, preferred_element_type=F32)
+    return rearrange(products, "b k c (g t) p -> b k g t (c p)", t=query.shape[3])
 
 
 def attention(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from xylem.models import fused
 from xylem.models.layers import parameter
-from xylem.models.leaves import is_leaf
+from xylem.models.leaves import Transposed, is_leaf
 from xylem.models.stack import Intervention
 
 
@@ -54,11 +54,13 @@ class LanguageModel(nn.Module):
         equation = "...d,vd->...v" if tied else "...d,dv->...v"
         if self.config.head == "tied_scaled":
             hidden = hidden * self.config.d_model**-0.5
-        if is_leaf(weight):
+        held = isinstance(weight, Transposed)
+        if is_leaf(weight) and not held:
             return weight.einsum(equation, hidden.astype(jnp.float32))
-        weight, kernels = jnp.asarray(weight), fused.choose(self.config.compute, jax.default_backend())
-        if kernels.matmul and tied and hidden.dtype == weight.dtype == jnp.float32:
-            logits = fused.few_rows(hidden.reshape(-1, hidden.shape[-1]), weight)
+        weight = weight.rows if held else jnp.asarray(weight)
+        kernels = fused.choose(self.config.compute, jax.default_backend())
+        if held or (kernels.matmul and tied):
+            logits = fused.few_rows(hidden.reshape(-1, hidden.shape[-1]), weight.astype(hidden.dtype))
             return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
         if kernels.wide_product and hidden.dtype != jnp.float32:
             return fused.wide_product(hidden, weight, tied)

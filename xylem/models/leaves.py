@@ -137,7 +137,7 @@ class Transposed(Leaf):
         if x_axes.replace(first, second) != output:
             return jnp.einsum(f"{x_axes},{second}{first}->{output}", x, self.rows.astype(x.dtype))
         y = fused.few_rows(x.reshape(-1, x.shape[-1]), self.rows.astype(x.dtype))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype)
 
     def take(self, ids: Int[Array, "..."]) -> Array:
         return jnp.moveaxis(jnp.take(self.rows, ids, axis=1), 0, -1)
