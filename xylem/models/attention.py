@@ -145,7 +145,7 @@ class CrossAttention(nn.Module):
         return Dense(x.shape[-1], config.init.residual, config, kernels, name="output")(merge_heads(out))
 
 
-FEW_QUERIES = 8  # tokens that are read at once; more are held to the whole of the keys
+FEW_QUERIES = 8  # tokens read at once by blocks of keys; more would be written out for each block
 
 
 def weigh(
