@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from grid import FAMILIES, T, base_of, method_of, module_of, moved, texts
-from operations import apart
+from operations import apart, normal
 
 from xylem import models
+from xylem.models import fused
 from xylem.models.cache import KEY_BLOCK, KVCache, Seq2SeqCache
 from xylem.models.decoding import ready, ready_cache
 from xylem.models.leaves import Transposed, is_leaf
@@ -162,3 +163,11 @@ def test_a_transposed_matrix_is_the_matrix(equation, shape, rng_seed):
     assert apart(leaf.einsum(equation, x), jnp.einsum(equation, x, weight)) <= 1e-6
     assert (leaf.materialize() == weight).all() and (leaf.rebase(weight).rows == leaf.rows).all()
     assert (leaf.take(jnp.array([[4, 0]])) == weight[jnp.array([[4, 0]])]).all()
+
+
+def test_one_row_of_bfloat16_is_multiplied_as_its_plain_twin_does(rng_seed):
+    rng = np.random.default_rng(rng_seed)
+    x, w = normal(rng, 1, 31).astype(jnp.bfloat16), normal(rng, 17, 31).astype(jnp.bfloat16)
+    out = fused.few_rows(x, w)
+    assert out.shape == (1, 17) and out.dtype == jnp.float32
+    assert apart(out, fused.few_rows_plain(x.astype(jnp.float32), w.astype(jnp.float32))) <= BAR  # nothing is rounded

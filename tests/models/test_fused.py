@@ -129,14 +129,6 @@ def test_fused_bfloat16_stays_near_float32(name, rng_seed):
     assert apart((out, gradients), reference) <= 0.05
 
 
-def test_one_row_of_bfloat16_is_multiplied_as_its_plain_twin_does(rng_seed):
-    rng = np.random.default_rng(rng_seed)
-    x, w = normal(rng, 1, 31).astype(jnp.bfloat16), normal(rng, 17, 31).astype(jnp.bfloat16)
-    out = fused.few_rows(x, w)
-    assert out.shape == (1, 17) and out.dtype == jnp.float32
-    assert apart(out, fused.few_rows_plain(x.astype(jnp.float32), w.astype(jnp.float32))) <= BAR  # nothing is rounded
-
-
 @pytest.mark.parametrize(
     "name", ["matmul", "low_rank", "layer_norm", "rms_norm", "gelu", "swiglu", "attention", "biased attention"]
 )
