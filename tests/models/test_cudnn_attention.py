@@ -90,7 +90,7 @@ def test_other_arrays_take_the_plain_path(rng_seed, monkeypatch):
     assert not cudnn_attention.takes(query, key[:, 1:], None)
     monkeypatch.undo()
     wide = query.astype(jnp.float32), key.astype(jnp.float32), normal(rng, B, S, K, H)
-    out = weigh(*wide, Mask(), CONFIG, KERNELS, None, None, cached=False)
+    out = weigh(*wide, Mask(), CONFIG, KERNELS, None, None, cache=None)
     assert apart(out, attend(*wide, Mask())) == 0.0
 
 
@@ -110,7 +110,7 @@ def test_the_layer_asks_for_its_own_mask_and_scale_and_devices_for_their_parts(h
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (4, S)), axis=1))
     config = dataclasses.replace(CONFIG, attention=dataclasses.replace(CONFIG.attention, scale="none"))
     for mask in (Mask(), Mask(query_segments=segments, key_segments=segments), Mask(window=jnp.int32(4))):
-        asked = lambda *a, mask=mask: weigh(*a, mask, config, KERNELS, None, None, cached=False)  # noqa: E731
+        asked = lambda *a, mask=mask: weigh(*a, mask, config, KERNELS, None, None, cache=None)  # noqa: E731
         expected = attend(*arrays, mask, scale=1.0)
         assert apart([asked(*arrays)], [expected]) <= 1e-6
         with jax.set_mesh(make_mesh(4, 1, 2)):
